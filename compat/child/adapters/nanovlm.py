@@ -1,0 +1,47 @@
+"""This project's own model: presets, a frozen config, a tokenizer that is no part of the model.
+
+Recognised by a ``preset`` function beside the config class, not by name.
+"""
+
+from .. import hub
+from ..protocol import NotSupported
+from .base import Adapter as Base
+from .base import signature_names, theirs
+
+
+class Adapter(Base):
+    dialect = "nanovlm"
+
+    @classmethod
+    def speaks(cls, subject):
+        return (
+            "images" in signature_names(subject.model_class.forward)
+            and subject.function("preset") is not None
+        )
+
+    def check_combo(self):
+        if not self.combo.get("preset"):
+            raise NotSupported(f"{self.combo['name']} has no preset at {self.combo['scale']} scale")
+
+    def build_config(self):
+        with theirs():
+            return self.subject.function("preset")(self.combo["preset"])
+
+    def backbone_config(self):
+        """The preset at the sizes of the stand-in's backbones, under names it answers to."""
+        vision, language = self.config.vision_encoder, self.config.language_model
+        names = {"vit_model_type": f"compat/{vision}", "lm_model_type": f"compat/{language}"}
+        eyes, _ = hub.backbone(names["vit_model_type"], "vision")
+        words, _ = hub.backbone(names["lm_model_type"], "language")
+        with theirs():
+            files = {
+                **self.subject.function("vision_encoder")(vision).hub_fields(eyes),
+                **self.subject.function("language_model")(language).hub_fields(words),
+                **names,
+            }
+            return self.config.replace(**files, max_img_size=files["vit_img_size"])
+
+    def file_tokenizer(self):
+        hub.add_repository("compat/stand-in", "tokenizer")
+        with theirs():
+            return self.subject.function("get_tokenizer")("compat/stand-in")

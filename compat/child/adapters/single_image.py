@@ -1,0 +1,23 @@
+"""nanoVLM v0.1 and v0.2: ``image``, one square picture a row as one tensor (B, 3, S, S).
+
+v0.1 puts the features in front of the text, v0.2 where the text holds image tokens; which one it is
+shows in whether there is an image token. Early versions only sample, without a cache.
+"""
+
+from ..protocol import NotSupported
+from .base import Adapter as Base
+from .base import signature_names
+
+
+class Adapter(Base):
+    dialect = "single_image"
+    FORMS = ("one tensor", "list of 3-D tensors", "list of 4-D tensors", "nested lists")
+
+    @classmethod
+    def speaks(cls, subject):
+        return "image" in signature_names(subject.model_class.forward)
+
+    def batch(self, rows, padding="left"):
+        if any(len(row.get("images", ())) != 1 for row in rows):
+            raise NotSupported("this layout takes exactly one image a row")
+        return super().batch(rows, padding)

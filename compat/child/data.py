@@ -1,0 +1,127 @@
+"""The target's own data side: image processor, data set, collator, on fixed rows.
+
+Unusual: nothing is rewritten to make it work. Arguments are supplied by name, and what cannot be supplied,
+or needs a package that is not installed, is a skip with that reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from . import probe
+from .adapters.base import config_values, fitting, theirs
+from .protocol import NotSupported
+
+
+def image_processor(subject, adapter):
+    """A function PIL image -> (tiles (N, 3, S, S), grid or None) around the target's get_image_processor."""
+    function = subject.function("get_image_processor")
+    if function is None:
+        raise NotSupported("the target has no get_image_processor")
+    values = config_values(adapter.config)
+    by_name = {
+        "img_size": values.get("vit_img_size"), "image_size": values.get("vit_img_size"),
+        "max_img_size": values.get("max_img_size"), "splitted_image_size": values.get("vit_img_size"),
+        "resize_to_max_side_len": values.get("resize_to_max_side_len"), "cfg": adapter.config, "config": adapter.config,
+        "max_img_size_or_cfg": adapter.config,
+    }  # fmt: skip
+    with theirs():
+        process = function(**fitting(function, by_name))
+
+    def tiles_and_grid(picture):
+        with theirs():
+            out = process(picture)
+        pixels, grid = out if isinstance(out, tuple) else (out, None)
+        return (pixels[None] if pixels.dim() == 3 else pixels), grid
+
+    return tiles_and_grid
+
+
+def image_string_tokens(subject, adapter, grid):
+    """Image tokens in the text the target writes for a picture of ``grid``; None when it writes none."""
+    function = subject.function("get_image_string") or subject.function("image_string")
+    if function is None or grid is None or adapter.image_token_id is None:
+        return None
+    with theirs():
+        text = function(adapter.tokenizer, [tuple(grid)], adapter.image_tokens)
+    return text.count(adapter.tokenizer.image_token)
+
+
+def run_pipeline(subject, adapter, turns, pictures):
+    """Rows through data set and collator; see Session.ask_data."""
+    dataset_class = subject.classes("VQADataset", "VLMDataset", "BaseDataset")
+    collator_class = subject.classes("VQACollator", "VLMCollator", "BaseCollator")
+    if dataset_class is None or collator_class is None:
+        raise NotSupported("the target has no VQADataset and VQACollator")
+    drawn = pictures if importlib.util.find_spec("PIL") else 0
+    rows = [
+        {"images": [probe.photograph(i, 40, 40) for i in range(drawn)],
+         "texts": [{"user": t["user"], "assistant": t["assistant"]} for t in conversation]}
+        for conversation in turns
+    ]  # fmt: skip
+    if adapter.tokenizer is None:
+        raise NotSupported("the target has no tokenizer")
+    errors = []
+    for process in (pair_processor(adapter), plain_processor(adapter)):
+        try:
+            return collate(subject, adapter, dataset_class, collator_class, rows, process)
+        except (TypeError, ValueError) as error:  # the data set unpacks a pair, or does not
+            errors.append(error)
+    if drawn < pictures:
+        raise NotSupported("needs PIL, which is not installed, to make rows with pictures")
+    raise errors[0]
+
+
+def collate(subject, adapter, dataset_class, collator_class, rows, process):
+    """The batch of all rows, read back."""
+    values = config_values(adapter.config)
+    by_name = {
+        "dataset": rows, "tokenizer": adapter.tokenizer, "image_processor": process, "cfg": adapter.config,
+        "mp_image_token_length": adapter.image_tokens, "max_length": values.get("lm_max_length") or adapter.max_positions,
+    }  # fmt: skip
+    with theirs():
+        dataset = dataset_class(**fitting(dataset_class.__init__, by_name))
+        items = [dataset[i] for i in range(len(rows))]
+        batch = collator_class(**fitting(collator_class.__init__, by_name))(items)
+    ids, labels = batch["input_ids"], batch["labels"]
+    if isinstance(ids, list) and not ids:
+        raise NotSupported("the collator dropped every row")
+    images = batch.get("images", batch.get("image"))
+    text = [adapter.tokenizer.decode([int(t) for t in row if int(t) != -100]) for row in labels]
+    image_id = adapter.image_token_id
+    return {
+        "rows": len(rows), "supervised": [int((row != -100).sum()) for row in labels], "labels_text": text,
+        "image_tokens": [int((row == image_id).sum()) if image_id is not None else 0 for row in ids],
+        "features": [count_features(images, i, adapter) if image_id is not None else 0 for i in range(len(rows))],
+        "batch_keys": sorted(batch), "pictures": len(rows[0]["images"]),
+    }  # fmt: skip
+
+
+def count_features(images, row, adapter):
+    """Features the vision side makes of a collated row's pictures."""
+    if isinstance(images, torch.Tensor):
+        return adapter.image_tokens
+    of_row = images[row]
+    of_row = of_row if isinstance(of_row, (list, tuple)) else [of_row]
+    if not all(
+        isinstance(p, torch.Tensor) for p in of_row
+    ):  # a pair went through whole: this version wants no grid
+        raise TypeError(f"row {row} of the batch holds {type(of_row[0]).__name__} where pixels belong")
+    return sum((1 if p.dim() == 3 else p.shape[0]) for p in of_row) * adapter.image_tokens
+
+
+def pair_processor(adapter):
+    """A processor that needs no torchvision: one tile and its grid, as versions with tiles return them."""
+    size = adapter.image_size
+
+    def process(picture):
+        return probe.picture(picture.width, size)[None], (1, 1)
+
+    return process
+
+
+def plain_processor(adapter):
+    """The same as versions before tiles return it: one (3, S, S) tensor."""
+    return lambda picture: pair_processor(adapter)(picture)[0][0]

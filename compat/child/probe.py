@@ -1,0 +1,53 @@
+"""What every target is probed with: weights drawn by key name, pictures drawn by number.
+
+Unusual: nothing depends on the order of modules or of calls, so a moved or renamed module keeps the
+numbers of the others, and two versions of a model get the same weights under the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator(name):
+    """A CPU generator seeded by a name."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def draw(name, shape):
+    """A float32 tensor for the parameter ``name``, scaled so that activations and logits stay of order 1."""
+    noise = torch.randn(tuple(shape), generator=generator(name))
+    if len(shape) < 2:
+        return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
+    if "emb" in name or "head" in name.split(".")[-2:][0]:
+        return 0.3 * noise
+    fan_in = noise[0].numel()
+    return noise / fan_in**0.5
+
+
+@torch.no_grad()
+def fill(model):
+    """Overwrite every parameter of ``model`` by ``draw``; buffers stay as the model computed them."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.copy_(draw(name, parameter.shape))
+            parameter.grad = None
+
+
+def picture(number, size):
+    """Pixels of picture ``number``: float32 (3, size, size) in [0, 1], smooth shapes plus noise."""
+    noise = torch.rand((3, size, size), generator=generator(f"picture {number}"))
+    ramp = torch.linspace(0, 1, size)
+    waves = torch.stack([(ramp[:, None] * (number + c + 1) * 3 + ramp[None] * 2).sin() for c in range(3)])
+    return (0.5 + 0.35 * waves + 0.15 * (noise - 0.5)).clamp(0, 1)
+
+
+def photograph(number, width, height):
+    """Picture ``number`` as an RGB PIL image."""
+    from PIL import Image
+
+    pixels = picture(number, max(width, height))[:, :height, :width]
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), "RGB")

@@ -1,0 +1,1 @@
+"""How a run is shown: the log entry and the terminal. Both read a Run and nothing else."""

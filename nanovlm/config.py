@@ -1,0 +1,555 @@
+"""The configs: flat and frozen, checked when they are made, with upstream nanoVLM's field names.
+
+Unusual: three generations of nanoVLM share VLMConfig, told apart by their extra tokens alone.
+
+- ``v0.1``  no image token; image features stand in front of the text.
+- ``v0.2``  one image token inside the text, one square picture.
+- ``main``  a picture is split into tiles, each announced by a token of its own, after a global view.
+
+Upstream does not have the dynamic models: with an encoder for any grid, no tokens for tiles and max_img_size
+above vit_img_size, a picture keeps its shape and has as many image tokens as that asks for.
+
+``to_json_dict`` writes the fields that the config's own generation of upstream knows, and another field
+only where its value is not what upstream implies; so a config.json goes back and forth between the two.
+Sizes are bounded here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovlm.errors import ConfigError
+from nanovlm.registry import ANY_GRID, WITH_CLS, canonical
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IMAGE_TOKEN = {"image_token": "<|image|>"}
+TILE_TOKENS = {f"r{row}c{col}": f"<row_{row}_col_{col}>" for row in range(1, 9) for col in range(1, 9)}
+MAIN_TOKENS = {**IMAGE_TOKEN, "global_image_token": "<|global_image|>", **TILE_TOKENS}
+
+# Fields that one backbone alone reads: with another, a value that is not the default is a mistake.
+_READ_BY = {
+    "vit_position_grid": "dinov2", "vit_n_registers": "dinov3", "vit_gated_mlp": "dinov3",
+    "vit_rope_base": "dinov3", "vit_rope_shift": "dinov3", "vit_rope_jitter": "dinov3",
+    "vit_rope_rescale": "dinov3", "lm_re_base_local": "gemma", "lm_sliding_window": "gemma",
+    "lm_sliding_window_pattern": "gemma", "lm_query_pre_attn_scalar": "gemma",
+}  # fmt: skip
+# Fields that not every generation of upstream writes.
+_WRITTEN_BY = {
+    "lm_base_vocab_size": ("v0.2", "main"),
+    "extra_token_amount": ("v0.2", "main"),
+    "lm_eos_token_id": ("v0.1", "v0.2"),
+    "lm_chat_template": ("main",),
+    "mp_image_token_length": ("v0.2", "main"),
+    "max_img_size": ("main",),
+    "resize_to_max_side_len": ("main",),
+    "vlm_extra_tokens": ("v0.2", "main"),
+    "hf_repo_name": ("v0.2", "main"),
+    "vision_encoder": (),
+    "language_model": (),
+    "lm_image_token_id": (),
+    "image_mean": (),
+    "image_std": (),
+    **dict.fromkeys(_READ_BY, ()),
+    "lm_head_dim": (),
+}
+# Without these a config.json says too little: any default would be a guess about the weights.
+_DECISIVE = (
+    "vit_hidden_dim", "vit_inter_dim", "vit_patch_size", "vit_img_size", "vit_n_heads", "vit_n_blocks",
+    "lm_hidden_dim", "lm_inter_dim", "lm_vocab_size", "lm_n_heads", "lm_n_kv_heads", "lm_n_blocks",
+    "lm_tokenizer", "mp_pixel_shuffle_factor",
+)  # fmt: skip
+# Fields computed from others: (field, what it follows).
+_FOLLOWS = {
+    "mp_image_token_length": ("vit_img_size", "vit_patch_size", "mp_pixel_shuffle_factor"),
+    "lm_vocab_size": ("lm_base_vocab_size", "extra_token_amount"),
+    "lm_head_dim": ("lm_hidden_dim", "lm_n_heads"),
+    "vit_cls_flag": ("vision_encoder",),
+}
+# Largest values accepted; each is far above any model this code could run.
+_AT_MOST = {
+    "vit_hidden_dim": 16384, "vit_inter_dim": 65536, "vit_patch_size": 256, "vit_img_size": 4096,
+    "vit_n_heads": 512, "vit_n_blocks": 256, "lm_hidden_dim": 32768, "lm_inter_dim": 131072,
+    "lm_max_position_embeddings": 1 << 22, "lm_base_vocab_size": 1 << 22, "lm_vocab_size": 1 << 22,
+    "lm_n_heads": 512, "lm_n_kv_heads": 512, "lm_head_dim": 4096, "lm_n_blocks": 512,
+    "lm_sliding_window": 1 << 22, "lm_sliding_window_pattern": 512, "lm_query_pre_attn_scalar": 1 << 16,
+    "lm_re_base_local": 10**12, "lm_max_length": 1 << 22,
+    "mp_pixel_shuffle_factor": 64, "mp_image_token_length": 1 << 18, "max_img_size": 1 << 15,
+    "lm_re_base": 10**12,
+}  # fmt: skip
+_MULTIPLES = (
+    ("vit_img_size", "vit_patch_size"), ("vit_hidden_dim", "vit_n_heads"),
+    ("lm_hidden_dim", "lm_n_heads"), ("lm_n_heads", "lm_n_kv_heads"),
+)  # fmt: skip
+_MAX_PARAMETERS = 5 * 10**10
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """Architecture of a vision-language model; the defaults are upstream main's 460M model.
+
+    Raises ConfigError when a value has the wrong type or size, or two values contradict each other.
+    """
+
+    vit_hidden_dim: int = 768
+    vit_inter_dim: int = 3072
+    vit_patch_size: int = 16
+    vit_img_size: int = 512
+    vit_n_heads: int = 12
+    vit_dropout: float = 0.0
+    vit_n_blocks: int = 12
+    vit_ln_eps: float = 1e-6
+    vit_cls_flag: bool = False
+    vit_model_type: str = "google/siglip2-base-patch16-512"
+
+    lm_hidden_dim: int = 960
+    lm_inter_dim: int = 2560
+    lm_rms_eps: float = 1e-5
+    lm_re_base: int = 100000
+    lm_max_position_embeddings: int = 8192
+    lm_base_vocab_size: int = 49152
+    extra_token_amount: int = 66
+    lm_vocab_size: int = 49218
+    lm_n_heads: int = 15
+    lm_n_kv_heads: int = 5
+    lm_dropout: float = 0.0
+    lm_n_blocks: int = 32
+    lm_attn_scaling: float = 1.0
+    lm_max_length: int = 4096
+    lm_use_tokens: bool = False
+    lm_tie_weights: bool = True
+    lm_model_type: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
+    lm_tokenizer: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
+    lm_chat_template: str = CHATML
+    lm_eos_token_id: int | None = None  # kept for v0.1 and v0.2 files; their code, too, asks the tokenizer
+
+    mp_pixel_shuffle_factor: int = 4
+    mp_image_token_length: int = 64
+
+    max_img_size: int = 2048
+    resize_to_max_side_len: bool = True
+
+    vlm_extra_tokens: dict[str, str] = field(default_factory=lambda: dict(MAIN_TOKENS))
+    vlm_load_backbone_weights: bool = True
+    vlm_checkpoint_path: str = "checkpoints"
+    hf_repo_name: str = "nanoVLM"
+
+    vision_encoder: str = "siglip"
+    language_model: str = "smollm"
+    lm_image_token_id: int | None = None  # where the vocabulary has the tokens of vlm_extra_tokens already
+    image_mean: tuple[float, ...] = ()  # of red, green and blue; upstream's models were trained without
+    image_std: tuple[float, ...] = ()
+
+    vit_position_grid: int | None = None  # patches a side of DINOv2's position table; None is vit_grid
+    vit_n_registers: int = 0
+    vit_gated_mlp: bool = False
+    vit_rope_base: float = 100.0
+    # DINOv3 in training: centres move by up to this; each axis, and both, scale by up to this either way
+    vit_rope_shift: float | None = None
+    vit_rope_jitter: float | None = None
+    vit_rope_rescale: float | None = None
+
+    lm_head_dim: int = 0  # 0 becomes lm_hidden_dim / lm_n_heads
+    # Gemma 3 alone: its sliding layers, one full layer closing each pattern, and the scale of its queries
+    lm_re_base_local: int = 10000
+    lm_sliding_window: int = 512
+    lm_sliding_window_pattern: int = 6
+    lm_query_pre_attn_scalar: int = 256
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("vision_encoder", "language_model", "vit_model_type"):
+            object.__setattr__(self, name, canonical(getattr(self, name)))
+        if self.lm_head_dim == 0 and self.lm_n_heads > 0:
+            object.__setattr__(self, "lm_head_dim", self.lm_hidden_dim // self.lm_n_heads)
+        _check_sizes(self)
+        _check_agreement(self)
+
+    # -- derived ----------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> str:
+        """ "v0.1", "v0.2" or "main": which upstream pipeline this model belongs to."""
+        return _generation(self.vlm_extra_tokens)
+
+    @property
+    def vit_grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.vit_img_size // self.vit_patch_size
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether pictures keep their shape; the image processor's grid then counts tokens, not tiles."""
+        split = "image_token" not in self.vlm_extra_tokens or "r1c1" in self.vlm_extra_tokens
+        return not split and self.max_img_size > self.vit_img_size
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of the square that becomes one image token."""
+        return self.vit_patch_size * self.mp_pixel_shuffle_factor
+
+    @property
+    def tokens_per_cell(self) -> int:
+        """Image tokens of one cell of the image processor's grid."""
+        return 1 if self.dynamic else self.mp_image_token_length
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the image token: extra tokens follow the base vocabulary in order. None in v0.1."""
+        if self.lm_image_token_id is not None:
+            return self.lm_image_token_id
+        names = list(self.vlm_extra_tokens)
+        return self.lm_base_vocab_size + names.index("image_token") if "image_token" in names else None
+
+    # -- making others ----------------------------------------------------------------------------------
+
+    def replace(self, **changes: Any) -> VLMConfig:
+        """A changed copy. Image token length, vocabulary size and head width follow unless they are given."""
+        _check_names(changes)
+        values = {**_as_dict(self), **changes}
+        for name, sources in _FOLLOWS.items():
+            others = {other: value for other, value in _as_dict(self).items() if other != name}
+            followed = _completed(others)[name] == getattr(self, name)
+            if name not in changes and followed and any(source in changes for source in sources):
+                del values[name]
+        return VLMConfig(**_completed(values))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> VLMConfig:
+        """A config from the fields that decide; what follows from them, or from the generation, is filled in.
+
+        Raises ConfigError for an unknown or a missing field.
+        """
+        _check_names(values)
+        missing = [name for name in _DECISIVE if name not in values and name != "lm_vocab_size"]
+        if missing or not {"lm_vocab_size", "lm_base_vocab_size"} & set(values):
+            raise ConfigError(
+                f"the config does not say {', '.join(missing) or 'lm_vocab_size'}; there is no safe default"
+            )
+        return cls(**_completed(values))
+
+    # -- JSON -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_json_dict(cls, values: Mapping[str, Any]) -> tuple[VLMConfig, tuple[str, ...]]:
+        """(config, names of ignored fields) of a config.json, by whichever generation it was written.
+
+        Raises ConfigError if it is of another kind of model, lacks a decisive field or contradicts itself.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a config.json holds one object, not {type(values).__name__}")
+        for name in ("model_type", "architectures"):
+            if name in values:
+                raise ConfigError(
+                    f"this config.json says {name}={values[name]!r}: it is a transformers model's; "
+                    f"nanoVLM's own has fields such as vit_hidden_dim and lm_hidden_dim"
+                )
+        known = {f.name for f in dataclasses.fields(cls)}
+        cfg = cls.from_values({name: value for name, value in values.items() if name in known})
+        derived = ("vit_grid", "image_token_id")
+        for name in derived:
+            if values.get(name) not in (None, getattr(cfg, name)):
+                raise ConfigError(
+                    f"config.json says {name}={values[name]!r}, its other fields make it {getattr(cfg, name)}"
+                )
+        return cfg, tuple(sorted(set(values) - known - set(derived)))
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What config.json holds: upstream's fields of this generation, others where they add something."""
+        values = _as_dict(self)
+        mine = {
+            name: value
+            for name, value in values.items()
+            if self.generation in _WRITTEN_BY.get(name, (self.generation,))
+        }
+        implied = {**_DEFAULTS, **_completed(mine)}
+        return {name: value for name, value in values.items() if name in mine or implied[name] != value}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Upstream main's field names; upload and wandb are off until asked for.
+
+    A learning rate of 0 freezes its part; None means ``lr_backbones``.
+    """
+
+    lr_mp: float = 0.00512
+    lr_backbones: float = 5e-05
+    lr_vision_backbone: float | None = None
+    lr_language_backbone: float | None = None
+    freeze_vision_encoder: bool = False
+    val_size: int = 50000
+    val_ratio: float = 0.025
+    batch_size: int = 2
+    gradient_accumulation_steps: int = 32
+    max_grad_norm: float = 1.0
+    eval_in_epochs: bool = True
+    eval_interval: int = 500
+    validation_steps: int = 64
+    save_checkpoint_steps: int = 500
+    console_log_interval: int = 10
+    stats_log_interval: int = 100
+    max_training_steps: int = 40000
+    max_images_per_example: int = 4
+    max_images_per_knapsack: int = 18
+    max_sample_length: int = 4096
+    num_workers: int = 2
+    max_threads: int = 4
+    compile: bool = False
+    seed: int = 0
+    resume_from_vlm_checkpoint: bool = False
+    train_dataset_path: str = "HuggingFaceM4/FineVision_concat_shuffled_2"
+    train_dataset_name: tuple[str, ...] = ("default",)
+    stream_dataset: bool = True
+    relevance_min_rating: int = 1
+    image_correspondence_min_rating: int = 1
+    visual_dependency_min_rating: int = 1
+    formatting_min_rating: int = 1
+    run_name: str | None = None
+    hf_repo_name: str | None = None
+    log_wandb: bool = False
+    wandb_entity: str | None = None
+    use_lmms_eval: bool = False
+    lmms_eval_tasks: str = "mmstar,mmmu_val,ocrbench,textvqa_val,docvqa_val,scienceqa,mme,infovqa_val,chartqa"
+    lmms_eval_limit: float | None = None
+    lmms_eval_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type in ("float", "float | None") and value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"{f.name}={value}: expected a number from 0 up")
+            if f.type == "int" and value < (0 if f.name in ("num_workers", "seed", "val_size") else 1):
+                raise ConfigError(f"{f.name}={value}: expected a positive count")
+        if self.val_ratio >= 1:
+            raise ConfigError(f"val_ratio={self.val_ratio} leaves nothing to train on; use less than 1")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each part by its attribute name on the model; 0 where a part is frozen."""
+        vision = self.lr_backbones if self.lr_vision_backbone is None else self.lr_vision_backbone
+        language = self.lr_backbones if self.lr_language_backbone is None else self.lr_language_backbone
+        return {
+            "MP": self.lr_mp,
+            "vision_encoder": 0.0 if self.freeze_vision_encoder else vision,
+            "decoder": language,
+        }
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(VLMConfig)}
+
+
+def _as_dict(cfg: VLMConfig) -> dict[str, Any]:
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    return {**values, "vlm_extra_tokens": dict(cfg.vlm_extra_tokens)}
+
+
+def _generation(tokens: Mapping[str, str]) -> str:
+    if "image_token" not in tokens:
+        return "v0.1"
+    return "main" if "global_image_token" in tokens or "r1c1" in tokens else "v0.2"
+
+
+def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with what they imply for the fields that their generation does not write."""
+    values = dict(values)
+    tokens = values.setdefault("vlm_extra_tokens", {})
+    if not isinstance(tokens, Mapping):
+        return values  # the type check names it
+    values.setdefault("extra_token_amount", len(tokens))
+    values.setdefault("lm_chat_template", CHATML if _generation(tokens) == "main" else "")
+    values.setdefault("resize_to_max_side_len", False)
+    values.setdefault("vit_cls_flag", canonical(str(values.get("vision_encoder"))) in WITH_CLS)
+    numbers = {name: value for name, value in values.items() if isinstance(value, int)}
+    try:
+        extra = numbers["extra_token_amount"]
+        if "lm_vocab_size" in numbers:
+            values.setdefault("lm_base_vocab_size", numbers["lm_vocab_size"] - extra)
+        else:
+            values["lm_vocab_size"] = numbers["lm_base_vocab_size"] + extra
+        values.setdefault("max_img_size", numbers["vit_img_size"])
+        square = max(1, numbers["vit_patch_size"] * numbers["mp_pixel_shuffle_factor"])
+        values.setdefault("mp_image_token_length", (numbers["vit_img_size"] // square) ** 2)
+        if not values.get("lm_head_dim"):
+            values["lm_head_dim"] = numbers["lm_hidden_dim"] // max(1, numbers["lm_n_heads"])
+    except KeyError as error:
+        raise ConfigError(f"{error.args[0]}={values.get(error.args[0])!r}: expected a whole number") from None
+    return values
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(VLMConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"VLMConfig has no field {unknown[0]!r}{hint}")
+
+
+_KINDS = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "dict[str, str]": dict,
+    "tuple[str, ...]": tuple,
+    "tuple[float, ...]": tuple,
+}
+
+
+def _check_types(cfg: Any) -> None:
+    """Each value has its field's type; 2.0 counts as 2 and 1 as 1.0, as JSON does not tell them apart."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        name, _, none = f.type.partition(" | ")
+        kind = _KINDS[name]
+        if value is None and none:
+            continue
+        if kind is tuple and isinstance(value, list):  # JSON and TOML know no tuples
+            value = tuple(value)
+        twin = {int: float, float: int}.get(kind)
+        if type(value) is twin and abs(value) < 1 << 53 and value % 1 == 0:
+            object.__setattr__(cfg, f.name, kind(value))
+        elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise ConfigError(f"{f.name}={value!r}: expected {f.type}, got {type(value).__name__}")
+        elif kind in (dict, tuple):
+            object.__setattr__(cfg, f.name, kind(value))  # a frozen config shares no dict with its maker
+            if name == "tuple[float, ...]":
+                if not all(type(number) in (int, float) for number in value):
+                    raise ConfigError(f"{f.name}: expected numbers, got {value!r}")
+                continue
+            texts = [*value, *value.values()] if kind is dict else value
+            if not all(isinstance(text, str) and text for text in texts):
+                raise ConfigError(f"{f.name}: expected text that is not empty, got {value!r}")
+
+
+def _check_sizes(cfg: VLMConfig) -> None:
+    for name, most in _AT_MOST.items():
+        value = getattr(cfg, name)
+        if not 1 <= value <= most:
+            raise ConfigError(f"{name}={value}: expected 1 to {most:,}")
+    if cfg.extra_token_amount < 0:
+        raise ConfigError(f"extra_token_amount={cfg.extra_token_amount}: expected 0 or more")
+    for name in ("vit_dropout", "lm_dropout"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ConfigError(f"{name}={getattr(cfg, name)}: expected a share from 0 up to, not including, 1")
+    for name in ("vit_ln_eps", "lm_rms_eps", "lm_attn_scaling", "vit_rope_base"):
+        if not 0 < getattr(cfg, name) < float("inf"):
+            raise ConfigError(f"{name}={getattr(cfg, name)}: expected a number above 0")
+    if not (cfg.image_mean == cfg.image_std == () or len(cfg.image_mean) == len(cfg.image_std) == 3):
+        raise ConfigError(
+            f"image_mean={cfg.image_mean}, image_std={cfg.image_std}: expected three numbers in each, or none"
+        )
+    if not all(0 < deviation < float("inf") for deviation in cfg.image_std):
+        raise ConfigError(f"image_std={cfg.image_std}: expected numbers above 0")
+    for name, least in (("vit_n_registers", 0), ("vit_position_grid", 1)):
+        value = getattr(cfg, name)
+        if value is not None and not least <= value <= 1024:
+            raise ConfigError(f"{name}={value}: expected {least} to 1024")
+    for name, least in (("vit_rope_shift", 0), ("vit_rope_jitter", 1), ("vit_rope_rescale", 1)):
+        value = getattr(cfg, name)
+        if value is not None and not least <= value < float("inf"):
+            raise ConfigError(f"{name}={value}: expected a number from {least} up, or None")
+    vision = cfg.vit_n_blocks * (4 * cfg.vit_hidden_dim**2 + 2 * cfg.vit_hidden_dim * cfg.vit_inter_dim)
+    heads = 2 * (cfg.lm_n_heads + cfg.lm_n_kv_heads) * cfg.lm_head_dim
+    language = cfg.lm_n_blocks * cfg.lm_hidden_dim * (heads + 3 * cfg.lm_inter_dim)
+    total = vision + language + cfg.lm_vocab_size * cfg.lm_hidden_dim
+    if total > _MAX_PARAMETERS:
+        raise ConfigError(f"these sizes make about {total:,} parameters; at most {_MAX_PARAMETERS:,} will do")
+
+
+def _check_agreement(cfg: VLMConfig) -> None:
+    for big, small in _MULTIPLES:
+        if getattr(cfg, big) % getattr(cfg, small):
+            raise ConfigError(f"{big}={getattr(cfg, big)} is not a multiple of {small}={getattr(cfg, small)}")
+    if cfg.lm_head_dim % 2:
+        raise ConfigError(
+            f"lm_head_dim={cfg.lm_head_dim}; rotary positions need an even width (if it is not given, it is "
+            f"lm_hidden_dim={cfg.lm_hidden_dim} over lm_n_heads={cfg.lm_n_heads})"
+        )
+    side, factor = cfg.vit_grid, cfg.mp_pixel_shuffle_factor
+    if side % factor:
+        fitting = [str(n) for n in range(1, side + 1) if side % n == 0]
+        below = cfg.vit_img_size // cfg.token_side * cfg.token_side
+        sizes = [str(size) for size in (below, below + cfg.token_side) if size]
+        raise ConfigError(
+            f"vit_img_size={cfg.vit_img_size} with vit_patch_size={cfg.vit_patch_size} makes {side} patches "
+            f"a side, which mp_pixel_shuffle_factor={factor} does not divide; these do: "
+            f"{', '.join(fitting)}. Or keep {factor} and set vit_img_size to {' or '.join(sizes)}, "
+            f"a multiple of {cfg.token_side}"
+        )
+    if cfg.mp_image_token_length != (side // factor) ** 2:
+        raise ConfigError(
+            f"mp_image_token_length={cfg.mp_image_token_length}, but {side} patches a side with "
+            f"mp_pixel_shuffle_factor={factor} make {(side // factor) ** 2} tokens"
+        )
+    if cfg.lm_vocab_size != cfg.lm_base_vocab_size + cfg.extra_token_amount:
+        raise ConfigError(
+            f"lm_vocab_size={cfg.lm_vocab_size}, but lm_base_vocab_size={cfg.lm_base_vocab_size} and "
+            f"extra_token_amount={cfg.extra_token_amount} do not add up to it"
+        )
+    _check_tokens(cfg)
+    if cfg.lm_use_tokens:
+        raise ConfigError("lm_use_tokens=True makes a language model without pictures; here it must be False")
+    _check_encoder(cfg)
+
+
+def _check_encoder(cfg: VLMConfig) -> None:
+    encoder = cfg.vision_encoder
+    if cfg.vit_cls_flag != (encoder in WITH_CLS):
+        has = "a" if encoder in WITH_CLS else "no"
+        raise ConfigError(f"vit_cls_flag={cfg.vit_cls_flag}, but {encoder!r} has {has} CLS token")
+    for name, reader in _READ_BY.items():
+        kind = "vision_encoder" if name.startswith("vit_") else "language_model"
+        if getattr(cfg, kind) != reader and getattr(cfg, name) != _DEFAULTS[name]:
+            raise ConfigError(
+                f"{name}={getattr(cfg, name)} is read by {kind}={reader!r} alone; with "
+                f"{getattr(cfg, kind)!r} leave it at {_DEFAULTS[name]}"
+            )
+
+
+def _check_tokens(cfg: VLMConfig) -> None:
+    tokens = cfg.vlm_extra_tokens
+    if cfg.lm_image_token_id is not None:
+        if not 0 <= cfg.lm_image_token_id < cfg.lm_vocab_size or "image_token" not in tokens:
+            raise ConfigError(
+                f"lm_image_token_id={cfg.lm_image_token_id}: expected an id below "
+                f"lm_vocab_size={cfg.lm_vocab_size}, and an image_token in vlm_extra_tokens"
+            )
+    elif len(tokens) > cfg.extra_token_amount:
+        raise ConfigError(
+            f"vlm_extra_tokens has {len(tokens)} tokens, extra_token_amount={cfg.extra_token_amount} is less"
+        )
+    if len(set(tokens.values())) < len(tokens):
+        raise ConfigError("vlm_extra_tokens gives two names to one token")
+    if cfg.dynamic and cfg.vision_encoder in ANY_GRID:
+        return
+    if cfg.generation != "main":
+        if cfg.max_img_size != cfg.vit_img_size:
+            raise ConfigError(
+                f"max_img_size={cfg.max_img_size}, but a {cfg.generation} model sees one square picture of "
+                f"vit_img_size={cfg.vit_img_size}; tiles need the extra tokens r1c1, r1c2, ..., a picture "
+                f"of its own shape an image_token and vision_encoder {' or '.join(sorted(ANY_GRID))}"
+            )
+        return
+    if cfg.max_img_size % cfg.vit_img_size:
+        raise ConfigError(
+            f"max_img_size={cfg.max_img_size} is not a multiple of the tile, vit_img_size={cfg.vit_img_size}"
+        )
+    tiles = cfg.max_img_size // cfg.vit_img_size
+    if tiles > 1 or "global_image_token" not in tokens:
+        needed = [f"r{row}c{col}" for row in range(1, tiles + 1) for col in range(1, tiles + 1)]
+        missing = [name for name in needed if name not in tokens]
+        if missing:
+            raise ConfigError(
+                f"max_img_size={cfg.max_img_size} allows {tiles}x{tiles} tiles of {cfg.vit_img_size}, but "
+                f"vlm_extra_tokens has no {missing[0]}; lower max_img_size or add the token"
+            )

@@ -1,0 +1,226 @@
+"""Messages -> text -> ids: image strings, chat templates, and which tokens a loss counts.
+
+Unusual: special tokens in a user's own words stay words. ``image_string`` returns a str that remembers that
+its tokens are meant, and keeps remembering when it is concatenated; everything else that looks like a
+special token is broken by a mark (a Unicode noncharacter) before the template runs, and the mark is taken
+out again when the text between the true special tokens is encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nanovlm import registry
+from nanovlm.errors import ImageTokenMismatch, PromptError
+
+_TAKES_PARTS = re.compile(r"""\[\s*['"]type['"]\s*\]|\.type\b""")  # content[0]['type'], part.type
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text holds them on purpose
+
+
+class Trusted(str):
+    """Text whose special tokens are meant. ``parts``: its pieces, each with whether it is trusted."""
+
+    parts: tuple[tuple[str, bool], ...]
+
+    def __new__(cls, text: str, parts: tuple[tuple[str, bool], ...] | None = None) -> Trusted:
+        made = super().__new__(cls, text)
+        made.parts = ((str(text), True),) if parts is None else parts
+        return made
+
+    def __add__(self, other: str) -> Trusted:
+        return Trusted(str(self) + str(other), self.parts + parts_of(other))
+
+    def __radd__(self, other: str) -> Trusted:
+        return Trusted(str(other) + str(self), parts_of(other) + self.parts)
+
+
+def parts_of(text: str) -> tuple[tuple[str, bool], ...]:
+    """((piece, trusted), ...) of any text."""
+    return text.parts if isinstance(text, Trusted) else ((str(text), False),)
+
+
+def image_string(tokenizer, grids: Sequence[tuple[int, int]], tokens_per_tile: int) -> Trusted:
+    """What stands for pictures in the text: for each, its global view and its tiles in reading order.
+
+    grids: (rows, columns) of each picture; tokens_per_tile: image tokens of each cell of them (a config's
+    ``tokens_per_cell``). Raises ImageTokenMismatch for a grid beyond the extra tokens.
+    """
+    names = tokenizer.extra_tokens
+    if grids and "image_token" not in names:
+        return Trusted("")  # features stand in front of the text
+    other = registry.tiling(names)
+    if other is not None:
+        return Trusted(other.image_string(names, grids, tokens_per_tile))
+    features = names.get("image_token", "") * tokens_per_tile
+    out = []
+    for number, (rows, columns) in enumerate(grids):
+        if len(grids) > 1:
+            out.append(f"<image: {number}>")
+        if "r1c1" not in names:  # the picture is one piece, of as many cells as its shape asks for
+            out.append(names.get("global_image_token", "") + features * (rows * columns))
+            continue
+        if "global_image_token" in names:
+            out.append(names["global_image_token"] + features)
+            if rows == columns == 1:
+                continue
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                if f"r{row}c{column}" not in names:
+                    raise ImageTokenMismatch(
+                        f"a grid of {rows}x{columns} tiles, but there is no extra token r{row}c{column}; "
+                        "use a smaller max_img_size"
+                    )
+                out.append(names[f"r{row}c{column}"] + features)
+    return Trusted("".join(out))
+
+
+get_image_string = image_string  # upstream's name
+
+
+class Prompt(NamedTuple):
+    """A rendered prompt: text with ``mark`` inside everything that must stay words; [start, end) to learn."""
+
+    text: str
+    mark: str
+    answers: list[tuple[int, int]]
+
+
+def chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    specials: Sequence[str],
+    *,
+    add_generation_prompt: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    image_token: str | None = None,
+) -> Prompt:
+    """Messages through a chat template. Raises PromptError.
+
+    image_token: what a template that takes contents apart (SmolVLM's) writes for a picture.
+    ``answers`` are what an assistant said, up to and with the special token that ends it.
+    """
+    from nanovlm.templates import render  # imports jinja, which v0.1 and v0.2 can do without
+
+    mark, begin, end = _free_marks(messages)
+    in_parts = _TAKES_PARTS.search(template) and "is string" not in template
+    pictures: list[str] = []
+
+    def guarded(value: Any, answer: bool = False) -> Any:
+        if isinstance(value, str):
+            text = guard(value, specials, mark)
+            if not answer:
+                return text
+            core = text.strip()  # marks go inside the white space, so that a template's trim still finds it
+            lead = len(text) - len(text.lstrip()) if core else 0
+            return text[:lead] + begin + core + end + text[lead + len(core) :]
+        if isinstance(value, Mapping):
+            return {key: guarded(item, answer and key == "text") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [guarded(item, answer) for item in value]
+        return value
+
+    prepared = []
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise PromptError(f"a message is a dict with 'role' and 'content', got {message!r:.80}")
+        if in_parts and isinstance(message.get("content"), str):
+            content = [part for part in parts_of(message["content"]) if part[0]] or [("", False)]
+            pictures += [text for text, trusted in content if trusted]
+            shown = [
+                {"type": "image"} if trusted else {"type": "text", "text": text} for text, trusted in content
+            ]
+            message = {**message, "content": shown}
+        answers = message["role"] == "assistant"
+        prepared.append({key: guarded(value, answers and key == "content") for key, value in message.items()})
+    rendered = render(
+        template, {**(variables or {}), "messages": prepared, "add_generation_prompt": add_generation_prompt}
+    )
+    if pictures:
+        between = rendered.split(image_token) if image_token else [rendered]
+        if len(between) != len(pictures) + 1:
+            raise PromptError(
+                f"the chat template writes {len(between) - 1} image tokens {image_token} for "
+                f"{len(pictures)} pictures"
+            )
+        rendered = "".join(text for pair in zip(between, [*pictures, ""], strict=True) for text in pair)
+    return _collect(rendered, mark, begin, end, specials)
+
+
+def plain(text: str, specials: Sequence[str]) -> Prompt:
+    """Text without a template, as v0.1 and v0.2 ask: special tokens count only in its trusted parts."""
+    mark = _free_marks([text])[0]
+    return Prompt(guard(text, specials, mark), mark, [])
+
+
+def question(cfg, tokenizer, text: str, grids: Sequence[tuple[int, int]] = ()) -> list[int]:
+    """Ids of one question about the pictures of ``grids``, in the form the config's generation was taught."""
+    pictures = image_string(tokenizer, grids, cfg.tokens_per_cell)
+    if cfg.generation == "main":
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": pictures + text}], add_generation_prompt=True
+        )
+    return tokenizer.encode_prompt(
+        plain(pictures + f"Question: {text} Answer:", tokenizer.all_special_tokens)
+    )[0]
+
+
+def guard(text: str, specials: Iterable[str], mark: str) -> str:
+    """``text`` with ``mark`` behind the first character of every special token outside its trusted parts.
+
+    An untrusted end that could grow into a special token with what follows is broken too.
+    """
+    pattern = _any_of(specials)
+    out = []
+    for piece, trusted in parts_of(text):
+        if not trusted and pattern is not None:
+            piece = re.sub(
+                f"(?=({pattern.pattern}))(.)", lambda match: match[2] + mark, piece, flags=re.DOTALL
+            )
+            longest = max(len(special) for special in specials)
+            for start in range(max(0, len(piece) - longest + 1), len(piece)):
+                if any(special.startswith(piece[start:]) for special in specials):
+                    piece = piece[: start + 1] + mark + piece[start + 1 :]
+                    break
+        out.append(piece)
+    return "".join(out)
+
+
+def special_spans(text: str, specials: Iterable[str]) -> list[tuple[int, int]]:
+    """[start, end) of the special tokens in ``text``."""
+    pattern = _any_of(specials)
+    return [match.span() for match in pattern.finditer(text)] if pattern else []
+
+
+def _any_of(specials: Iterable[str]) -> re.Pattern | None:
+    longest_first = sorted(set(specials), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _free_marks(values: Any) -> list[str]:
+    """Three noncharacters that occur nowhere in ``values``."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    free = [mark for mark in _MARKS if mark not in text]
+    if len(free) < 3:
+        raise PromptError("the prompt uses nearly all of the noncharacters U+FDD0 to U+FDEF; remove them")
+    return free[:3]
+
+
+def _collect(rendered: str, mark: str, begin: str, end: str, specials: Sequence[str]) -> Prompt:
+    """Take the answer marks out of rendered text and note where they were."""
+    starts: list[int] = []
+    answers, pieces, length = [], [], 0
+    for piece in re.split(f"([{begin}{end}])", rendered):
+        if piece == begin:
+            starts.append(length)
+        elif piece == end:
+            if starts:
+                answers.append((starts.pop(), length))
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    text = "".join(pieces)
+    closing = dict(special_spans(text, specials))
+    return Prompt(text, mark, sorted((start, closing.get(stop, stop)) for start, stop in answers))

@@ -1,0 +1,1 @@
+"""Vision encoders, one file each; registry.py names them."""
