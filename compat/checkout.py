@@ -61,7 +61,8 @@ def checkout(folder: Path, ref: str) -> Checkout:
         root, missing = _files_of(_private_clone(common), commit)
     except OSError as error:
         raise CheckoutError(
-            f"the files of {commit[:12]} cannot be written below {cache_folder()}: {error.strerror or error}; "
+            f"the files of {commit[:12]} cannot be written below {cache_folder()}: "
+            f"{error.strerror or error}; "
             "set COMPAT_CACHE to a folder that can hold them"
         ) from None
     if prefix and not (root / prefix).is_dir():
@@ -120,10 +121,11 @@ def head_commit(folder: Path) -> tuple[str | None, bool | None]:
     for number, name in enumerate(filter(None, filters.split("\0"))):
         off |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": ""}
         off["GIT_CONFIG_COUNT"] = str(number + 1)
-    status = _git(
-        folder, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", "--", ".",
-        ":(exclude)MODIFICATIONS_LOG.md", check=False, more=off,
-    )  # fmt: skip
+    words = ("--porcelain", "--untracked-files=normal", "--ignore-submodules=all")
+    try:
+        status = _git(folder, "status", *words, "--", ".", ":(exclude)MODIFICATIONS_LOG.md", more=off)
+    except CheckoutError:  # a bare repository, or an index that cannot be read
+        return commit, None
     return commit, bool(status.strip())
 
 

@@ -327,7 +327,8 @@ def pytest_addoption(parser):
     group.addoption("--scale", choices=SCALES, default="tiny")
     group.addoption("--python", help="the interpreter the target runs in (default: this one)")
     group.addoption("--timeout", type=float, default=60.0, help="seconds a question may take")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+    with contextlib.suppress(ValueError):  # a conftest above the suites may have --device too
+        group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def pytest_configure(config):

@@ -137,18 +137,25 @@ class Child:
         self.starts += 1
         if self._home is None:
             self._home = tempfile.TemporaryDirectory(prefix="compat-home-")
-        # Found from where the user stands: the child starts in the target's folder. Links stay, a venv is one.
+        # Found from where the user stands: the child starts in the target's folder. A venv's link stays one.
         python = shutil.which(self.python)
         if python is None:
             raise CouldNotAsk(f"the interpreter {self.python} cannot be started: there is no such program")
         question_read, question_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        command = [*sandbox(), os.path.abspath(python), "-B", str(WORKER), str(question_read), str(answer_write)]
+        command = [
+            *sandbox(),
+            os.path.abspath(python),
+            "-B",
+            str(WORKER),
+            str(question_read),
+            str(answer_write),
+        ]
         try:
             self._process = subprocess.Popen(
                 command,
                 cwd=self.target.folder,
-                env=scrubbed_environment(Path(self._home.name)),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -360,8 +367,8 @@ def sandbox() -> tuple[str, ...]:
     if os.environ.get("COMPAT_SANDBOX") == "none":
         return ()
     candidates = [
-        ("bwrap", "--dev-bind", "/", "/", "--proc", "/proc", "--unshare-net", "--unshare-pid", "--unshare-ipc",
-         "--die-with-parent"),
+        ("bwrap", "--dev-bind", "/", "/", "--proc", "/proc", "--unshare-net", "--unshare-pid",
+         "--unshare-ipc", "--die-with-parent"),
         ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
         ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
     ]  # fmt: skip

@@ -18,14 +18,16 @@ _WHERE = {
     "VisionLanguageModel": "vlm",
     "get_tokenizer": "tokenizer",
     "get_image_processor": "images",
+    "get_image_string": "prompts",
 }
 __all__ = ["PRESETS", "TrainConfig", "VLMConfig", "VisionLanguageModel", "__version__",
-           "get_image_processor", "get_tokenizer", "preset"]  # fmt: skip
+           "get_image_processor", "get_image_string", "get_tokenizer", "preset"]  # fmt: skip
 
 if TYPE_CHECKING:
     from nanovlm.config import TrainConfig, VLMConfig
     from nanovlm.images import get_image_processor
     from nanovlm.presets import PRESETS, preset
+    from nanovlm.prompts import get_image_string
     from nanovlm.tokenizer import get_tokenizer
     from nanovlm.vlm import VisionLanguageModel
 

@@ -100,15 +100,16 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
     add("--language_model", metavar="NAME", help=", ".join(LANGUAGE))
     add("--vit_model_type", metavar="SOURCE", help="folder or repository whose config.json sizes the encoder")
     add("--lm_model_type", metavar="SOURCE", help="the same of the language model; its tokenizer comes along")
-    add("--max_img_size", type=int, metavar="N", help="longest side in pixels; lets DINO pictures keep their shape")
+    add("--max_img_size", type=int, metavar="N", help="longest side in pixels; DINO pictures keep shape")
 
 
 def config_of(options: argparse.Namespace) -> VLMConfig | None:
-    """The config that a preset or the options of ``add_model_flags`` describe; None where neither is given."""
+    """The config that a preset or the options of ``add_model_flags`` describe; None without either."""
     mixed = {name: getattr(options, name) for name in MIXING if getattr(options, name) is not None}
     changes = {} if options.max_img_size is None else {"max_img_size": options.max_img_size}
     if options.use_preset and mixed:
-        raise ConfigError(f"--{next(iter(mixed))} puts a model together, --use_preset names one: give one of both")
+        first = next(iter(mixed))
+        raise ConfigError(f"--{first} puts a model together, --use_preset names one: give one of both")
     if options.use_preset:
         return preset(options.use_preset, **changes)
     if not mixed:
@@ -131,7 +132,7 @@ def run_generate(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} {getattr(options, name)}: expected at least 1")
     cfg = config_of(options)
     if (cfg is None) == (options.checkpoint is None and options.hf_model is None):
-        raise ConfigError("which model? Give one of --checkpoint, --hf_model, --use_preset or --vision_encoder")
+        raise ConfigError("which model? Give --checkpoint, --hf_model, --use_preset or --vision_encoder")
     if cfg is None and options.max_img_size is not None:
         raise ConfigError("--max_img_size changes a preset; a checkpoint's config.json says its own")
     if options.checkpoint and not os.path.isdir(options.checkpoint):

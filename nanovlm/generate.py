@@ -50,7 +50,9 @@ def generate(
     A row ends with an ``eos_token_id`` or one of the ``stop`` sequences of ids; then it repeats the end token
     (the first, of several).
     """
-    _check(max_new_tokens, top_k, top_p, temperature, repetition_penalty)
+    # greedy draws from nothing, and upstream's evaluation then gives None for what it would draw with
+    drawn_with = (0, 1.0, 1.0) if greedy else (top_k, top_p, temperature)
+    _check(max_new_tokens, *drawn_with, repetition_penalty)
     input_ids, attention_mask = pack_right(input_ids, attention_mask)
     B = input_ids.shape[0]
     if max_new_tokens == 0:

@@ -268,7 +268,8 @@ def _only(built: Mapping[str, Any], found: Mapping[str, Any], where: str) -> Non
 def _plain_rotary(text: Mapping[str, Any]) -> None:
     """transformers 4 writes rope_scaling, 5 writes rope_parameters."""
     for name in ("rope_scaling", "rope_parameters"):
-        kind = (text.get(name) or {}).get("rope_type", "default")
+        scaling = _part(text, name)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))  # older files say type
         if kind != "default":
             raise ConfigError(f"text_config.{name} of type {kind!r} is not built here, only 'default'")
 

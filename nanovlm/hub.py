@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def _look(source: str | os.PathLike, filename: str, revision: str | None) -> Pat
         return path if path.is_file() else Missing(f"{text} has no {filename}")
     if os.path.exists(text):
         if text.endswith(PICKLES):
-            raise WeightsError(f"{text} is {_PICKLED}: nanovlm convert {text} FOLDER")
+            raise WeightsError(f"{text} is {_PICKLED}: nanovlm convert {shlex.quote(text)} FOLDER")
         raise SourceNotFound(f"{text} is a file; give the folder that holds config.json and {WEIGHTS}")
     if not _REPOSITORY.fullmatch(text) or text.endswith(PICKLES):
         raise SourceNotFound(f"no folder {text!r}, and no repository on the Hub can have that name")
@@ -166,8 +167,9 @@ def _refuse_pickles(source: str | os.PathLike, revision: str | None) -> None:
         # optimizers and arguments are pickled too, beside the model
         name = min(pickles, key=lambda name: ("model" not in name, name))
         download = "" if os.path.isdir(text) else f"hf download {text} --local-dir FOLDER; "
-        file = Path(text if os.path.isdir(text) else "FOLDER", name)
-        raise WeightsError(f"{text} holds {name}, {_PICKLED}: {download}nanovlm convert {file} {file.parent}")
+        folder = text if os.path.isdir(text) else "FOLDER"
+        command = shlex.join(["nanovlm", "convert", os.path.join(folder, name), folder])
+        raise WeightsError(f"{text} holds {name}, {_PICKLED}: {download}{command}")
 
 
 # -- writing ----------------------------------------------------------------------------------------------

@@ -128,13 +128,21 @@ class Tiles:
     def __call__(self, picture: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         picture = to_rgb(picture)
         size = self.resized_size(*picture.size)
-        pixels = to_tensor(picture.resize(size, Image.Resampling.BICUBIC))
         rows, columns = size[1] // self.side, size[0] // self.side
-        tiles = pixels.view(3, rows, self.side, columns, self.side).permute(1, 3, 0, 2, 4)
-        tiles = tiles.reshape(rows * columns, 3, self.side, self.side)
-        if len(tiles) > 1 and self.global_view:
-            view = F.interpolate(pixels[None], size=(self.side, self.side), mode="bilinear", antialias=True)
-            tiles = torch.cat((view, tiles))
+        colours = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BICUBIC))).unbind(-1)
+        first = int(self.global_view and rows * columns > 1)
+        tiles = torch.empty(first + rows * columns, 3, self.side, self.side)
+        cells = tiles[first:].view(rows, columns, 3, self.side, self.side)
+        # a colour at a time into the tiles: a float copy of the whole picture costs more in fresh memory
+        # than everything else that happens to it after the resize
+        for number, colour in enumerate(colours):
+            pixels = colour.float().div_(255)
+            cells[:, :, number] = pixels.view(rows, self.side, columns, self.side).transpose(1, 2)
+            if first:
+                view = F.interpolate(
+                    pixels[None, None], size=(self.side, self.side), mode="bilinear", antialias=True
+                )
+                tiles[0, number] = view[0, 0]
         return tiles, (rows, columns)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
@@ -156,12 +164,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         raise ImageError(
             f"expected a PIL picture, got {type(picture).__name__}; nanovlm.images.open_picture reads a file"
         )
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ImageError(
-            f"a picture of {picture.width}x{picture.height} pixels; at most {MAX_PIXELS:,} are decoded"
-        )
-    if not picture.width or not picture.height:
-        raise ImageError(f"a picture of {picture.width}x{picture.height} pixels has nothing to show")
+    _check_size(picture)
     try:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "RGB":
@@ -175,6 +178,15 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken pixel data
         raise ImageError(f"the picture cannot be decoded: {error}") from None
+
+
+def _check_size(picture: Image.Image) -> None:
+    """Raise ImageError for a size that is none, or whose pixels would fill the memory."""
+    size = f"a picture of {picture.width}x{picture.height} pixels"
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ImageError(f"{size}; at most {MAX_PIXELS:,} are decoded")
+    if not picture.width or not picture.height:
+        raise ImageError(f"{size} has nothing to show")
 
 
 def _from_deep_grey(picture: Image.Image) -> Image.Image:
@@ -206,6 +218,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the hard limit is PIL's error
             picture = Image.open(path)
+            _check_size(picture)  # whoever set PIL's own limit to None still decodes no bomb
             picture.load()
             return picture
     except Image.DecompressionBombError as error:

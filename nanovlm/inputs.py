@@ -38,6 +38,9 @@ class Pictures:
 
 def check_ids(cfg: VLMConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Raise PromptError for ids that are no (B, T) numbers of the vocabulary, or a mask of another shape."""
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
+            raise PromptError(f"{name}: expected a tensor (B, T), got {type(given).__name__}")
     shape = tuple(input_ids.shape)
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.numel():
         raise PromptError(f"input_ids: expected whole numbers (B, T), got {input_ids.dtype} {shape}")
@@ -48,6 +51,26 @@ def check_ids(cfg: VLMConfig, input_ids: Tensor, attention_mask: Tensor | None) 
         bad = low if low < 0 else high
         raise PromptError(
             f"id {bad} is outside lm_vocab_size={cfg.lm_vocab_size}; was another tokenizer used?"
+        )
+
+
+def check_targets(input_ids: Tensor, targets: Tensor) -> None:
+    """Raise PromptError for targets that are no whole numbers shaped as input_ids (B, T)."""
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise PromptError(f"targets: expected a tensor of torch.int64, got {kind}")
+    if targets.shape != input_ids.shape:
+        raise PromptError(
+            f"targets have shape {tuple(targets.shape)}, expected {tuple(input_ids.shape)} as input_ids"
+        )
+
+
+def check_labels(cfg: VLMConfig, labels: Tensor) -> None:
+    """Raise PromptError for labels (n,) outside the vocabulary: on a GPU they would end the process."""
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= cfg.lm_vocab_size:
+        raise PromptError(
+            f"target {low if low < 0 else high} is outside lm_vocab_size={cfg.lm_vocab_size}, and not -100"
         )
 
 
@@ -117,7 +140,7 @@ def _features(cfg: VLMConfig, pixels: Tensor) -> int:
     """Features of each picture of a stack (n, 3, H, W). Raises ImageError for one the model cannot see."""
     height, width = pixels.shape[2:]
     unit, most, side = cfg.token_side, cfg.max_img_size, cfg.vit_img_size
-    if cfg.dynamic and (height % unit or width % unit or not 0 < max(height, width) <= most):
+    if cfg.dynamic and (height % unit or width % unit or not height * width or max(height, width) > most):
         raise ImageError(
             f"images: a picture of {height}x{width} pixels; this model takes sides that are multiples of "
             f"{unit}, at most max_img_size={most}; use get_image_processor"

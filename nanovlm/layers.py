@@ -31,6 +31,8 @@ class RotaryEmbedding(nn.Module):
     Source: https://arxiv.org/abs/2104.09864, in the half-split layout of Llama.
     """
 
+    inv_freq: Tensor
+
     def __init__(self, head_dim: int, base: float, scaling: float = 1.0) -> None:
         super().__init__()
         self.head_dim, self.base, self.scaling = head_dim, base, scaling
@@ -94,5 +96,5 @@ def draw_weights(module: nn.Module) -> None:
     """Initial values of one module's own parameters: normal with std 0.02, biases 0. For ``Module.apply``."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(bias)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from nanovlm import registry
 from nanovlm.errors import ImageTokenMismatch, PromptError
 
+MAX_IMAGE_TOKENS = 1 << 22  # of one picture: as many as a model may have positions
 _TAKES_PARTS = re.compile(r"""\[\s*['"]type['"]\s*\]|\.type\b""")  # content[0]['type'], part.type
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text holds them on purpose
 
@@ -51,6 +52,12 @@ def image_string(tokenizer, grids: Sequence[tuple[int, int]], tokens_per_tile: i
     names = tokenizer.extra_tokens
     if grids and "image_token" not in names:
         return Trusted("")  # features stand in front of the text
+    for rows, columns in grids:
+        if min(rows, columns) < 1 or rows * columns * tokens_per_tile > MAX_IMAGE_TOKENS:
+            raise ImageTokenMismatch(
+                f"a grid of {rows}x{columns} with {tokens_per_tile} tokens a cell; expected 1 to "
+                f"{MAX_IMAGE_TOKENS:,} image tokens, from the grid that get_image_processor returns"
+            )
     other = registry.tiling(names)
     if other is not None:
         return Trusted(other.image_string(names, grids, tokens_per_tile))

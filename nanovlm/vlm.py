@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nanovlm import checkpoint, generate, hub, inputs, registry, weights
 from nanovlm.config import VLMConfig
-from nanovlm.errors import ConfigError, NoLabels, PromptError, PromptTooLong
+from nanovlm.errors import ConfigError, NoLabels, PromptTooLong
 from nanovlm.layers import causal_mask
 from nanovlm.projector import ModalityProjector
 
@@ -74,16 +74,14 @@ class VisionLanguageModel(nn.Module):
         hidden = self.decoder(embeds, generate.position_ids(embeds, valid), mask)[:, front:]
         if targets is None:
             return self.decoder.head(hidden), None
-        if targets.shape != input_ids.shape:
-            raise PromptError(
-                f"targets have shape {tuple(targets.shape)}, expected {tuple(input_ids.shape)} as input_ids"
-            )
+        inputs.check_targets(input_ids, targets)
         counts = targets != IGNORE_INDEX
         labels = targets[counts]
         if not len(labels):
             raise NoLabels(
                 f"all {targets.numel()} targets are {IGNORE_INDEX}: nothing to learn; is the loss mask empty?"
             )
+        inputs.check_labels(self.cfg, labels)
         logits = self.decoder.head(hidden[counts])
         return logits, cross_entropy(logits, labels)
 

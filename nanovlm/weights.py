@@ -22,7 +22,9 @@ class Stored(Protocol):
     """Tensors by name that are read when asked for."""
 
     where: str
-    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str) -> Tensor: ...
 

@@ -22,11 +22,15 @@ def image_processor(subject, adapter):
         raise NotSupported("the target has no get_image_processor")
     values = config_values(adapter.config)
     by_name = {
-        "img_size": values.get("vit_img_size"), "image_size": values.get("vit_img_size"),
-        "max_img_size": values.get("max_img_size"), "splitted_image_size": values.get("vit_img_size"),
-        "resize_to_max_side_len": values.get("resize_to_max_side_len"), "cfg": adapter.config, "config": adapter.config,
+        "img_size": values.get("vit_img_size"),
+        "image_size": values.get("vit_img_size"),
+        "max_img_size": values.get("max_img_size"),
+        "splitted_image_size": values.get("vit_img_size"),
+        "resize_to_max_side_len": values.get("resize_to_max_side_len"),
+        "cfg": adapter.config,
+        "config": adapter.config,
         "max_img_size_or_cfg": adapter.config,
-    }  # fmt: skip
+    }
     with theirs():
         process = function(**fitting(function, by_name))
 
@@ -57,10 +61,12 @@ def run_pipeline(subject, adapter, turns, pictures):
         raise NotSupported("the target has no VQADataset and VQACollator")
     drawn = pictures if importlib.util.find_spec("PIL") else 0
     rows = [
-        {"images": [probe.photograph(i, 40, 40) for i in range(drawn)],
-         "texts": [{"user": t["user"], "assistant": t["assistant"]} for t in conversation]}
+        {
+            "images": [probe.photograph(i, 40, 40) for i in range(drawn)],
+            "texts": [{"user": t["user"], "assistant": t["assistant"]} for t in conversation],
+        }
         for conversation in turns
-    ]  # fmt: skip
+    ]
     if adapter.tokenizer is None:
         raise NotSupported("the target has no tokenizer")
     errors = []
@@ -78,9 +84,13 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
     """The batch of all rows, read back."""
     values = config_values(adapter.config)
     by_name = {
-        "dataset": rows, "tokenizer": adapter.tokenizer, "image_processor": process, "cfg": adapter.config,
-        "mp_image_token_length": adapter.image_tokens, "max_length": values.get("lm_max_length") or adapter.max_positions,
-    }  # fmt: skip
+        "dataset": rows,
+        "tokenizer": adapter.tokenizer,
+        "image_processor": process,
+        "cfg": adapter.config,
+        "mp_image_token_length": adapter.image_tokens,
+        "max_length": values.get("lm_max_length") or adapter.max_positions,
+    }
     with theirs():
         dataset = dataset_class(**fitting(dataset_class.__init__, by_name))
         items = [dataset[i] for i in range(len(rows))]
@@ -92,11 +102,14 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
     text = [adapter.tokenizer.decode([int(t) for t in row if int(t) != -100]) for row in labels]
     image_id = adapter.image_token_id
     return {
-        "rows": len(rows), "supervised": [int((row != -100).sum()) for row in labels], "labels_text": text,
+        "rows": len(rows),
+        "supervised": [int((row != -100).sum()) for row in labels],
+        "labels_text": text,
         "image_tokens": [int((row == image_id).sum()) if image_id is not None else 0 for row in ids],
         "features": [count_features(images, i, adapter) if image_id is not None else 0 for i in range(len(rows))],
-        "batch_keys": sorted(batch), "pictures": len(rows[0]["images"]),
-    }  # fmt: skip
+        "batch_keys": sorted(batch),
+        "pictures": len(rows[0]["images"]),
+    }
 
 
 def count_features(images, row, adapter):
@@ -105,9 +118,7 @@ def count_features(images, row, adapter):
         return adapter.image_tokens
     of_row = images[row]
     of_row = of_row if isinstance(of_row, (list, tuple)) else [of_row]
-    if not all(
-        isinstance(p, torch.Tensor) for p in of_row
-    ):  # a pair went through whole: this version wants no grid
+    if not all(isinstance(p, torch.Tensor) for p in of_row):  # a pair went through whole: this version wants no grid
         raise TypeError(f"row {row} of the batch holds {type(of_row[0]).__name__} where pixels belong")
     return sum((1 if p.dim() == 3 else p.shape[0]) for p in of_row) * adapter.image_tokens
 

@@ -55,8 +55,11 @@ def discover(folder, cls=None, file=None, root=None):
             classes += read_classes(path, tree)
             functions += [(path, node.name) for node in tree.body if isinstance(node, ast.FunctionDef)]
     models = sorted(
-        ((score_model(c), c) for c in classes
-         if (score_model(c) >= 5 if cls is None else c.name == cls) and file in (None, c.file)),
+        (
+            (score_model(c), c)
+            for c in classes
+            if (score_model(c) >= 5 if cls is None else c.name == cls) and file in (None, c.file)
+        ),
         key=lambda pair: (-pair[0], pair[1].file.count(os.sep), len(pair[1].file), pair[1].name),
     )
     if not models:
@@ -91,9 +94,7 @@ def python_files(folder):
             if f not in SKIPPED and not f.startswith(".") and depth < MAX_DEPTH
             and not os.path.exists(os.path.join(here, f, "pyvenv.cfg"))
         )  # fmt: skip
-        found += [
-            os.path.join(here, f) for f in sorted(files) if f.endswith(".py") and not f.startswith("test_")
-        ]
+        found += [os.path.join(here, f) for f in sorted(files) if f.endswith(".py") and not f.startswith("test_")]
         if len(found) >= MAX_FILES:
             break
     return found[:MAX_FILES]
@@ -174,14 +175,10 @@ def score_model(c):
         return 0
     score = 3 * bool(set(forward) & set(IMAGE_NAMES)) + 2 * ("input_ids" in forward)
     score += 3 * ("generate" in c.methods)
-    score += len(
-        {"vision_encoder", "decoder", "MP", "projector", "language_model", "vision_model"} & c.attributes
-    )
+    score += len({"vision_encoder", "decoder", "MP", "projector", "language_model", "vision_model"} & c.attributes)
     score += len({"from_pretrained", "save_pretrained"} & set(c.methods))
     # Without both a picture and ids it is a part of a model, whatever else it has.
-    return (
-        score if set(forward) & set(IMAGE_NAMES) and {"input_ids", "generate"} & {*forward, *c.methods} else 0
-    )
+    return score if set(forward) & set(IMAGE_NAMES) and {"input_ids", "generate"} & {*forward, *c.methods} else 0
 
 
 def best(classes, score, least, near):

@@ -51,9 +51,7 @@ def add_repository(name, role):
     if role in ("vision", "language"):
         from safetensors.torch import save_file
 
-        save_file(
-            draw_all(name, shapes), os.path.join(snapshot, "model.safetensors"), metadata={"format": "pt"}
-        )
+        save_file(draw_all(name, shapes), os.path.join(snapshot, "model.safetensors"), metadata={"format": "pt"})
     return snapshot
 
 
@@ -142,7 +140,8 @@ def tokenizer_files():
     return {
         "tokenizer.json": {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]},
+            "pre_tokenizer": {"type": "Sequence",
+                              "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]},
             "post_processor": None, "decoder": level,
             "model": {"type": "BPE", "dropout": None, "unk_token": "<|endoftext|>", "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
@@ -153,10 +152,12 @@ def tokenizer_files():
             "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>",
             "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "clean_up_tokenization_spaces": False,
             "model_max_length": 8192, "chat_template": CHAT_TEMPLATE,
-            "added_tokens_decoder": {str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in added},
+            "added_tokens_decoder": {
+                str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in added
+            },
         },
-        "special_tokens_map.json": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
-                                    "pad_token": "<|im_end|>"},
+        "special_tokens_map.json": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+                                    "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"},
         "vocab.json": vocabulary,
         "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
     }  # fmt: skip

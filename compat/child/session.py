@@ -111,8 +111,10 @@ def not_found(cls, file):
     """Why discovery came back with nothing, as the start of a sentence."""
     if cls:
         return f"no class {cls} is defined in {os.path.basename(file)}"
-    return ("this folder holds no nanoVLM-style model: no class with a forward(input_ids, image or images, ...) "
-            "and a generate was found")  # fmt: skip
+    return (
+        "this folder holds no nanoVLM-style model: no class with a forward(input_ids, image or images, ...) "
+        "and a generate was found"
+    )
 
 
 def unread(folder):
@@ -134,9 +136,7 @@ class Session:
         self.adapter_class = adapters.choose(self.subject)
         if self.adapter_class is None:
             taken = list(inspect.signature(self.subject.model_class.forward).parameters)
-            raise Unaskable(
-                f"no dialect speaks forward({', '.join(taken)}) of {self.subject.found.model.name}"
-            )
+            raise Unaskable(f"no dialect speaks forward({', '.join(taken)}) of {self.subject.found.model.name}")
 
     def hello(self):
         """Who answers: versions, device, dialect, what was found and what stands in."""
@@ -146,11 +146,18 @@ class Session:
         if self.device == "cuda" and gpu is None:
             raise Unaskable("--device cuda was asked for, but this interpreter's torch sees no CUDA device")
         return {
-            "protocol": VERSION, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": version("transformers"), "numpy": version("numpy"), "device": self.device, "gpu": gpu,
-            "platform": platform.platform(), "dialect": self.adapter_class.dialect, **self.places(),
+            "protocol": VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "numpy": version("numpy"),
+            "device": self.device,
+            "gpu": gpu,
+            "platform": platform.platform(),
+            "dialect": self.adapter_class.dialect,
+            **self.places(),
             "notes": self.notes(),
-        }  # fmt: skip
+        }
 
     def places(self):
         """module:Class of model, config and train config."""
@@ -168,17 +175,12 @@ class Session:
         notes = []
         if self.subject.stand_ins.used:
             notes.append(
-                "not installed, only mentioned by the target: "
-                + ", ".join(sorted(self.subject.stand_ins.used))
+                "not installed, only mentioned by the target: " + ", ".join(sorted(self.subject.stand_ins.used))
             )
         if self.subject.found.others:
-            notes.append(
-                "other candidates in this folder, not judged: " + ", ".join(self.subject.found.others[:5])
-            )
+            notes.append("other candidates in this folder, not judged: " + ", ".join(self.subject.found.others[:5]))
         if self.target["missing"]:
-            notes.append(
-                "files missing from the repository's objects: " + ", ".join(self.target["missing"][:5])
-            )
+            notes.append("files missing from the repository's objects: " + ", ".join(self.target["missing"][:5]))
         return notes
 
     def adapter(self, combo):
@@ -218,25 +220,34 @@ class Session:
 
         cls = type(adapter.config)
         values = config_values(adapter.config)
-        types = (
-            {f.name: str(f.type) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-        )
+        types = {f.name: str(f.type) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
         config = {
-            name: {"type": types.get(name, type(values.get(name)).__name__), "default": jsonable(config_default(cls, name)),
-                   "value": jsonable(values.get(name))}
+            name: {
+                "type": types.get(name, type(values.get(name)).__name__),
+                "default": jsonable(config_default(cls, name)),
+                "value": jsonable(values.get(name)),
+            }
             for name in field_names(cls)
-        }  # fmt: skip
+        }
         special = special_ids(adapter.tokenizer)
         return {
-            **self.places(), "dialect": adapter.dialect, "config": config,
-            "signatures": signatures(self.subject.model_class), "vocab_size": adapter.vocab_size,
-            "text_ids": [i for i in range(adapter.vocab_size) if i not in special and i != adapter.image_token_id and i > 16][:200],
+            **self.places(),
+            "dialect": adapter.dialect,
+            "config": config,
+            "signatures": signatures(self.subject.model_class),
+            "vocab_size": adapter.vocab_size,
+            "text_ids": [
+                i for i in range(adapter.vocab_size) if i not in special and i != adapter.image_token_id and i > 16
+            ][:200],
             "special_ids": sorted(i for i in special if i < adapter.vocab_size),
-            "image_tokens": adapter.image_tokens, "max_positions": adapter.max_positions,
-            "image_size": adapter.image_size, "layout": adapter.layout, "takes": adapter.takes,
+            "image_tokens": adapter.image_tokens,
+            "max_positions": adapter.max_positions,
+            "image_size": adapter.image_size,
+            "layout": adapter.layout,
+            "takes": adapter.takes,
             "parameters": sum(p.numel() for p in adapter.model.parameters()),
             "notes": [*self.notes(), *adapter.notes, f"pictures are passed as {adapter.image_form}"],
-        }  # fmt: skip
+        }
 
     def ask_state_dict(self, adapter):
         """Every key with shape, dtype, persistence, ties, and whether it is trained."""
@@ -248,10 +259,13 @@ class Session:
         for name, tensor in {**parameters, **buffers}.items():
             owner = first.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
             keys[name] = {
-                "shape": list(tensor.shape), "dtype": str(tensor.dtype).replace("torch.", ""), "persistent": name in saved,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).replace("torch.", ""),
+                "persistent": name in saved,
                 "trainable": tensor.requires_grad if name in parameters else None,
-                "tied_to": owner if owner != name else None, "finite": name not in adapter.not_finite,
-            }  # fmt: skip
+                "tied_to": owner if owner != name else None,
+                "finite": name not in adapter.not_finite,
+            }
         return {"keys": keys}
 
     def ask_forward(self, adapter, rows, padding="left", train=False):
@@ -264,9 +278,10 @@ class Session:
             logits = adapter.logits(batch)
             loss = float(adapter.loss(batch)) if batch.targets is not None else None
         return {
-            "loss": loss, "finite": all(bool(torch.isfinite(row).all()) for row in logits),
+            "loss": loss,
+            "finite": all(bool(torch.isfinite(row).all()) for row in logits),
             **{f"logits.{i}": row.cpu().numpy() for i, row in enumerate(logits)},
-        }  # fmt: skip
+        }
 
     def ask_gradients(self, adapter, rows):
         """Norm of the gradient of each parameter; None where none arrived."""
@@ -277,9 +292,7 @@ class Session:
         named = list(adapter.model.named_parameters())
         return {
             "loss": loss.item(),
-            "grads": {
-                n: None if p.grad is None else float(p.grad.norm()) for n, p in named if p.requires_grad
-            },
+            "grads": {n: None if p.grad is None else float(p.grad.norm()) for n, p in named if p.requires_grad},
             "trainable": [n for n, p in named if p.requires_grad],
             "frozen": [n for n, p in named if not p.requires_grad],
         }
@@ -325,9 +338,7 @@ class Session:
             with theirs():
                 adapter.model.save_pretrained(folder)
                 again = cls.from_pretrained(folder)
-            files = sorted(
-                os.path.relpath(os.path.join(at, f), folder) for at, _, fs in os.walk(folder) for f in fs
-            )
+            files = sorted(os.path.relpath(os.path.join(at, f), folder) for at, _, fs in os.walk(folder) for f in fs)
             keys, aliases = saved_keys(folder, files)
         names = set(adapter.model.state_dict())
         first, adapter.model = adapter.model, again.to(self.device).eval()
@@ -338,12 +349,15 @@ class Session:
             adapter.model = first
         present = set(keys) | set(aliases)
         return {
-            "files": files, "keys": sorted(keys), "missing": sorted(names - present), "unexpected": sorted(set(keys) - names),
+            "files": files,
+            "keys": sorted(keys),
+            "missing": sorted(names - present),
+            "unexpected": sorted(set(keys) - names),
             "config_before": jsonable(config_values(adapter.config)),
             "config_after": jsonable(config_values(getattr(again, "cfg", getattr(again, "config", adapter.config)))),
             **{f"before.{i}": row.cpu().numpy() for i, row in enumerate(before)},
             **{f"after.{i}": row.cpu().numpy() for i, row in enumerate(after)},
-        }  # fmt: skip
+        }
 
     def ask_backbones(self, adapter):
         """Build with pretrained backbones (small files in the cache) and look for the files' numbers in the model."""
@@ -384,14 +398,17 @@ class Session:
         special = {
             name: [str(getattr(tokenizer, name)), int(getattr(tokenizer, name + "_id"))]
             for name in ("eos_token", "bos_token", "pad_token", "image_token", "global_image_token")
-            if getattr(tokenizer, name, None) is not None
-            and getattr(tokenizer, name + "_id", None) is not None
+            if getattr(tokenizer, name, None) is not None and getattr(tokenizer, name + "_id", None) is not None
         }
         return {
-            "ids": ids, "reference_ids": [reference.encode(t).ids for t in texts] if reference else None,
-            "decoded": [encoder.decode(row) for row in ids], "special": special, "length": len(tokenizer),
-            "model_vocab_size": adapter.vocab_size, "class": type(tokenizer).__name__,
-        }  # fmt: skip
+            "ids": ids,
+            "reference_ids": [reference.encode(t).ids for t in texts] if reference else None,
+            "decoded": [encoder.decode(row) for row in ids],
+            "special": special,
+            "length": len(tokenizer),
+            "model_vocab_size": adapter.vocab_size,
+            "class": type(tokenizer).__name__,
+        }
 
     def ask_process_image(self, adapter, sizes):
         """Tiles, grid and tokens the target's own image processor makes of pictures of these (w, h)."""
@@ -404,12 +421,17 @@ class Session:
         results = []
         for number, (width, height) in enumerate(sizes):
             tiles, grid = process(probe.photograph(number, width, height))
-            results.append({
-                "tiles": int(tiles.shape[0]), "grid": list(grid) if grid else None, "tile_size": list(tiles.shape[-2:]),
-                "image_tokens": image_string_tokens(self.subject, adapter, grid),
-                "features": int(tiles.shape[0]) * adapter.image_tokens,
-                "low": float(tiles.min()), "high": float(tiles.max()),
-            })  # fmt: skip
+            results.append(
+                {
+                    "tiles": int(tiles.shape[0]),
+                    "grid": list(grid) if grid else None,
+                    "tile_size": list(tiles.shape[-2:]),
+                    "image_tokens": image_string_tokens(self.subject, adapter, grid),
+                    "features": int(tiles.shape[0]) * adapter.image_tokens,
+                    "low": float(tiles.min()),
+                    "high": float(tiles.max()),
+                }
+            )
         return {"pictures": results}
 
     def ask_data(self, adapter, turns, pictures=1):
@@ -426,13 +448,16 @@ class Session:
             raise NotSupported("no training config class was found")
         cls = self.subject.load(self.subject.found.train_config)
         blank(cls)  # a config that cannot be made with its defaults raises here
-        types = (
-            {f.name: str(f.type) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-        )
-        return {"fields": {
-            name: {"type": types.get(name, type(config_default(cls, name)).__name__), "default": jsonable(config_default(cls, name))}
-            for name in field_names(cls)
-        }}  # fmt: skip
+        types = {f.name: str(f.type) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        return {
+            "fields": {
+                name: {
+                    "type": types.get(name, type(config_default(cls, name)).__name__),
+                    "default": jsonable(config_default(cls, name)),
+                }
+                for name in field_names(cls)
+            }
+        }
 
     def ask_memory(self, adapter, rows, step="forward"):
         """Bytes at the peak of a forward pass or a training step, parameters included."""
@@ -482,10 +507,14 @@ def signatures(cls):
     for method in ("__init__", "forward", "generate", "from_pretrained", "save_pretrained"):
         if hasattr(cls, method):
             found[method] = [
-                {"name": p.name, "kind": p.kind.name.lower(),
-                 **({} if p.default is p.empty else {"default": jsonable(p.default)})}
-                for p in inspect.signature(getattr(cls, method)).parameters.values() if p.name not in ("self", "cls")
-            ]  # fmt: skip
+                {
+                    "name": p.name,
+                    "kind": p.kind.name.lower(),
+                    **({} if p.default is p.empty else {"default": jsonable(p.default)}),
+                }
+                for p in inspect.signature(getattr(cls, method)).parameters.values()
+                if p.name not in ("self", "cls")
+            ]
     return found
 
 
@@ -511,9 +540,7 @@ def contains(held, tensor):
     if held.dim() != tensor.dim() or held.shape[1:] != tensor.shape[1:] or held.shape[0] < tensor.shape[0]:
         return False
     rows = tensor.shape[0]
-    starts = range(
-        0, held.shape[0] - rows + 1, rows if held.shape[0] % rows == 0 else max(1, held.shape[0] - rows)
-    )
+    starts = range(0, held.shape[0] - rows + 1, rows if held.shape[0] % rows == 0 else max(1, held.shape[0] - rows))
     return any(bool(torch.equal(held[start : start + rows], tensor)) for start in starts)
 
 

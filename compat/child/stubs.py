@@ -43,9 +43,7 @@ class Missing:
         return Missing(f"{self._name}.{name}")
 
     def __call__(self, *args, **kwargs):
-        raise NotInstalled(
-            f"needs {self._name.split('.')[0]}, which is not installed ({self._name} was called)"
-        )
+        raise NotInstalled(f"needs {self._name.split('.')[0]}, which is not installed ({self._name} was called)")
 
     def __mro_entries__(self, bases):
         return (object,)
@@ -107,9 +105,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         frame = sys._getframe(2)
         while frame is not None:
             name = frame.f_code.co_filename
-            if not name.startswith("<frozen importlib") and "importlib" not in os.path.basename(
-                os.path.dirname(name)
-            ):
+            if not name.startswith("<frozen importlib") and "importlib" not in os.path.basename(os.path.dirname(name)):
                 return os.path.realpath(name).startswith(self.folder) and not guarded(name, frame.f_lineno)
             frame = frame.f_back
         return False

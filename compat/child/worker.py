@@ -8,11 +8,7 @@ modules called ``compat``, ``protocol`` or ``worker``.
 import os
 import sys
 
-if (
-    __name__ == "__main__"
-    and sys.path
-    and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__))
-):
+if __name__ == "__main__" and sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]
 
 import importlib.util
@@ -92,8 +88,7 @@ def describe_error(protocol, error, target):
     theirs = [
         f
         for f in frames
-        if os.path.realpath(f.filename).startswith(folder)
-        and not os.path.realpath(f.filename).startswith(here)
+        if os.path.realpath(f.filename).startswith(folder) and not os.path.realpath(f.filename).startswith(here)
     ]
     guarded = getattr(error, protocol.THEIRS, False)
     try:  # an exception of the target may be unable to say what it is

@@ -21,10 +21,7 @@ from torch import Tensor, nn
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
 from nanovlm.layers import draw_weights
-from nanovlm.weights import CONCAT, Join, Rule
-
-# The mask token serves pretraining only; the Hub's files hold one, so one of zeros goes back.
-CLS = Join(lambda parts, ours: parts[0], lambda ours, count: [ours, torch.zeros_like(ours[0])])
+from nanovlm.weights import CONCAT, Rule
 
 
 class PatchEmbedding(nn.Module):
@@ -36,8 +33,14 @@ class PatchEmbedding(nn.Module):
         self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, self.patch, stride=self.patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.vit_hidden_dim))
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, cfg.vit_hidden_dim))
+        # for pretraining alone; kept so that a file of the Hub goes back whole
+        self.register_buffer("mask_token", self.computed_buffers()["mask_token"])
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.02)
+
+    def computed_buffers(self) -> dict[str, Tensor]:
+        """The buffers' values where no file has them."""
+        return {"mask_token": torch.zeros(1, self.conv.out_channels)}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         height, width = pixel_values.shape[-2:]
@@ -113,7 +116,8 @@ class Dinov2(nn.Module):
     PREFIXES = ("", "dinov2.")
     IGNORED = ("pooler.*", "classifier.*")
     RULES = (
-        Rule(("embeddings.cls_token", "embeddings.mask_token"), "patch_embedding.cls_token", CLS),
+        Rule("embeddings.cls_token", "patch_embedding.cls_token"),
+        Rule("embeddings.mask_token", "patch_embedding.mask_token"),
         Rule("embeddings.position_embeddings", "patch_embedding.position_embedding"),
         Rule("embeddings.patch_embeddings.projection.weight", "patch_embedding.conv.weight"),
         Rule("embeddings.patch_embeddings.projection.bias", "patch_embedding.conv.bias"),
@@ -173,5 +177,6 @@ class Dinov2(nn.Module):
             "vit_hidden_dim": width, "vit_inter_dim": int(width * config.get("mlp_ratio", 4)),
             "vit_patch_size": patch, "vit_img_size": image, "vit_position_grid": image // patch,
             "vit_n_heads": config.get("num_attention_heads", 12), "vit_cls_flag": True,
-            "vit_n_blocks": config.get("num_hidden_layers", 12), "vit_ln_eps": config.get("layer_norm_eps", 1e-6),
+            "vit_n_blocks": config.get("num_hidden_layers", 12),
+            "vit_ln_eps": config.get("layer_norm_eps", 1e-6),
         }  # fmt: skip

@@ -23,10 +23,7 @@ from torch import Tensor, nn
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
 from nanovlm.layers import draw_weights, rotate
-from nanovlm.weights import Join, Rule
-
-# The mask token serves pretraining only; the Hub's files hold one, so one of zeros goes back.
-CLS = Join(lambda parts, ours: parts[0], lambda ours, count: [ours, torch.zeros_like(ours)])
+from nanovlm.weights import Rule
 
 
 def patch_centres(rows: int, cols: int, device: torch.device) -> Tensor:
@@ -39,7 +36,7 @@ def patch_centres(rows: int, cols: int, device: torch.device) -> Tensor:
 class PatchRotary(nn.Module):
     """Cosines and sines of each token's rotation: half of a head's pairs turn by row, half by column.
 
-    It holds no buffer: some thousand cosines a forward are cheaper than state that must follow casts and loads.
+    It holds no buffer: some thousand cosines a forward cost less than state that must follow casts and loads.
     """
 
     def __init__(self, cfg: VLMConfig) -> None:
@@ -91,8 +88,14 @@ class PatchEmbedding(nn.Module):
         self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, self.patch, stride=self.patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.vit_hidden_dim))
         self.register_tokens = nn.Parameter(torch.empty(1, cfg.vit_n_registers, cfg.vit_hidden_dim))
+        # for pretraining alone; kept so that a file of the Hub goes back whole
+        self.register_buffer("mask_token", self.computed_buffers()["mask_token"])
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.register_tokens, std=0.02)
+
+    def computed_buffers(self) -> dict[str, Tensor]:
+        """The buffers' values where no file has them."""
+        return {"mask_token": torch.zeros(1, 1, self.conv.out_channels)}
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         N, _, height, width = pixel_values.shape
@@ -167,7 +170,8 @@ class Dinov3(nn.Module):
     PREFIXES = ("",)
     IGNORED = ()
     RULES = (
-        Rule(("embeddings.cls_token", "embeddings.mask_token"), "patch_embedding.cls_token", CLS),
+        Rule("embeddings.cls_token", "patch_embedding.cls_token"),
+        Rule("embeddings.mask_token", "patch_embedding.mask_token"),
         Rule("embeddings.register_tokens", "patch_embedding.register_tokens"),
         Rule("layer.*.layer_scale1.lambda1", "blocks.*.scale1"),
         Rule("layer.*.layer_scale2.lambda1", "blocks.*.scale2"),
@@ -228,9 +232,11 @@ class Dinov3(nn.Module):
                 raise ConfigError(f"DINOv3 with {name}={found!r} is not built here, only with {value!r}")
         return {
             "vit_hidden_dim": config.get("hidden_size", 384), "vit_cls_flag": True, "vit_gated_mlp": gated,
-            "vit_inter_dim": config.get("intermediate_size", 1536), "vit_patch_size": config.get("patch_size", 16),
-            "vit_img_size": config.get("image_size", 224), "vit_n_heads": config.get("num_attention_heads", 6),
-            "vit_n_blocks": config.get("num_hidden_layers", 12), "vit_ln_eps": config.get("layer_norm_eps", 1e-5),
+            "vit_inter_dim": config.get("intermediate_size", 1536),
+            "vit_patch_size": config.get("patch_size", 16), "vit_img_size": config.get("image_size", 224),
+            "vit_n_heads": config.get("num_attention_heads", 6),
+            "vit_n_blocks": config.get("num_hidden_layers", 12),
+            "vit_ln_eps": config.get("layer_norm_eps", 1e-5),
             "vit_n_registers": config.get("num_register_tokens", 0),
             "vit_rope_base": config.get("rope_theta", 100.0), "vit_rope_shift": config.get("pos_embed_shift"),
             "vit_rope_jitter": config.get("pos_embed_jitter"),

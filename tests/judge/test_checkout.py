@@ -1,4 +1,4 @@
-"""A ref becomes a folder without touching the repository it comes from, and without running anything of it."""
+"""A ref becomes a folder without touching the repository it comes from, or running anything of it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,24 @@ from compat.checkout import CheckoutError, checkout, head_commit
 from compat.target import TargetError, resolve
 from tests.judge.trees import fingerprint, put
 
-AUTHOR = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org", "GIT_COMMITTER_NAME": "a",
-          "GIT_COMMITTER_EMAIL": "a@example.org", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # fmt: skip
+AUTHOR = {
+    "GIT_AUTHOR_NAME": "a",
+    "GIT_AUTHOR_EMAIL": "a@example.org",
+    "GIT_COMMITTER_NAME": "a",
+    "GIT_COMMITTER_EMAIL": "a@example.org",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+}
 
 
 def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True,
-                          env={**os.environ, **AUTHOR})  # fmt: skip
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **AUTHOR},
+    )
     return done.stdout.strip()
 
 
@@ -57,7 +68,9 @@ def test_branch_tag_hash_and_reflog_name_commits(repository):
     git(repository, "branch", "side", "first")
     short = git(repository, "rev-parse", "--short", "first")
     assert [text_at(repository, ref) for ref in ("trunk", "HEAD", "HEAD~0")] == ["two\n"] * 3
-    assert [text_at(repository, ref) for ref in ("first", "side", short, "HEAD~1", "HEAD@{1}")] == ["one\n"] * 5
+    assert [text_at(repository, ref) for ref in ("first", "side", short, "HEAD~1", "HEAD@{1}")] == [
+        "one\n"
+    ] * 5
     assert checkout(repository, "first").commit == git(repository, "rev-parse", "first")
 
 
@@ -154,17 +167,45 @@ def booby_trapped(repository, tmp_path) -> tuple[Path, Path]:
     script = tmp_path / "bite.sh"
     script.write_text(f'#!/bin/sh\necho "$0 $*" >> {alarm}\ncat\n')
     script.chmod(0o755)
-    commit(repository, {".gitattributes": "*.txt filter=bite diff=bite text eol=crlf ident\nsub/* filter=a=b\n"})
+    commit(
+        repository, {".gitattributes": "*.txt filter=bite diff=bite text eol=crlf ident\nsub/* filter=a=b\n"}
+    )
     config = {
-        "core.fsmonitor": script, "core.hooksPath": repository / ".git/hooks", "core.pager": script, "core.editor": script,
-        "core.sshCommand": script, "core.attributesFile": repository / ".gitattributes", "core.gitProxy": script,
-        "filter.bite.smudge": script, "filter.bite.clean": script, "filter.bite.process": script, "filter.bite.required": "true",
-        "filter.a=b.clean": script, "filter.a=b.smudge": script, "diff.bite.textconv": script, "diff.bite.command": script, "diff.external": script, "core.alternateRefsCommand": script,
-        "uploadpack.packObjectsHook": script, "credential.helper": f"!{script}", "gpg.program": script,
-        "alias.cat-file": f"!{script}", "alias.status": f"!{script}", "extensions.partialClone": "origin",
-        "remote.origin.url": f"ext::{script}", "remote.origin.promisor": "true", "protocol.ext.allow": "always",
-    }  # fmt: skip
-    for hook in ("post-checkout", "post-index-change", "reference-transaction", "pre-auto-gc", "post-merge", "fsmonitor-watchman"):
+        "core.fsmonitor": script,
+        "core.hooksPath": repository / ".git/hooks",
+        "core.pager": script,
+        "core.editor": script,
+        "core.sshCommand": script,
+        "core.attributesFile": repository / ".gitattributes",
+        "core.gitProxy": script,
+        "filter.bite.smudge": script,
+        "filter.bite.clean": script,
+        "filter.bite.process": script,
+        "filter.bite.required": "true",
+        "filter.a=b.clean": script,
+        "filter.a=b.smudge": script,
+        "diff.bite.textconv": script,
+        "diff.bite.command": script,
+        "diff.external": script,
+        "core.alternateRefsCommand": script,
+        "uploadpack.packObjectsHook": script,
+        "credential.helper": f"!{script}",
+        "gpg.program": script,
+        "alias.cat-file": f"!{script}",
+        "alias.status": f"!{script}",
+        "extensions.partialClone": "origin",
+        "remote.origin.url": f"ext::{script}",
+        "remote.origin.promisor": "true",
+        "protocol.ext.allow": "always",
+    }
+    for hook in (
+        "post-checkout",
+        "post-index-change",
+        "reference-transaction",
+        "pre-auto-gc",
+        "post-merge",
+        "fsmonitor-watchman",
+    ):
         (repository / ".git/hooks").mkdir(exist_ok=True)
         put(repository / f".git/hooks/{hook}", script.read_text())
         (repository / f".git/hooks/{hook}").chmod(0o755)
@@ -173,14 +214,22 @@ def booby_trapped(repository, tmp_path) -> tuple[Path, Path]:
             section, key = name.rsplit(".", 1)
             head, _, sub = section.partition(".")
             stream.write(f'[{head}{f" {chr(34)}{sub}{chr(34)}" if sub else ""}]\n\t{key} = "{value}"\n')
-    for name in ("file.txt", "sub/inner.txt"):  # git must look into them again to know that they are as they were
+    for name in (
+        "file.txt",
+        "sub/inner.txt",
+    ):  # git must look into them again to know that they are as they were
         os.utime(repository / name, (1, 1))
     return repository, alarm
 
 
 def test_the_trap_would_bite(booby_trapped):
     repository, alarm = booby_trapped
-    subprocess.run(["git", "-C", str(repository), "status"], capture_output=True, check=False, env={**os.environ, **AUTHOR})
+    subprocess.run(
+        ["git", "-C", str(repository), "status"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, **AUTHOR},
+    )
     assert alarm.exists()
 
 
@@ -188,7 +237,8 @@ def test_nothing_a_repository_configures_is_run(booby_trapped):
     repository, alarm = booby_trapped
     before = fingerprint(repository)
     assert text_at(repository, "HEAD") == "two\n"  # neither smudged nor converted
-    assert head_commit(repository)[0] == git(repository, "rev-parse", "HEAD")
+    made = (repository / ".git/refs/heads/trunk").read_text().strip()
+    assert head_commit(repository) == (made, False)
     assert resolve(str(repository)).commit and resolve(f"{repository}@first").ref == "first"
     assert not alarm.exists(), alarm.read_text()
     assert fingerprint(repository) == before
@@ -206,8 +256,15 @@ def test_a_submodule_is_not_followed(repository, tmp_path):
 
 
 def test_links_stay_inside_the_folder(repository):
-    for name, destination in {"etc": "/etc", "up": "..", "out": "sub/../../secret", "in": "sub/inner.txt", "git": ".git/config",
-                              "sub/home": "../file.txt", "sub/out": "../../x"}.items():  # fmt: skip
+    for name, destination in {
+        "etc": "/etc",
+        "up": "..",
+        "out": "sub/../../secret",
+        "in": "sub/inner.txt",
+        "git": ".git/config",
+        "sub/home": "../file.txt",
+        "sub/out": "../../x",
+    }.items():
         (repository / name).symlink_to(destination)
     commit(repository, {})
     found = checkout(repository, "HEAD").folder
@@ -218,14 +275,38 @@ def test_links_stay_inside_the_folder(repository):
 def test_no_file_is_written_through_a_link(repository, tmp_path):
     # A tree made by hand holds 'a' twice, which git itself would never write: as a link and as a folder.
     (tmp_path / "outside").mkdir()
-    blob = subprocess.run(["git", "-C", str(repository), "hash-object", "-w", "--stdin"], input=b"bad", capture_output=True,
-                          check=True).stdout.decode().strip()  # fmt: skip
-    link = subprocess.run(["git", "-C", str(repository), "hash-object", "-w", "--stdin"],
-                          input=os.fsencode(tmp_path / "outside"), capture_output=True, check=True).stdout.decode().strip()  # fmt: skip
+    blob = (
+        subprocess.run(
+            ["git", "-C", str(repository), "hash-object", "-w", "--stdin"],
+            input=b"bad",
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .strip()
+    )
+    link = (
+        subprocess.run(
+            ["git", "-C", str(repository), "hash-object", "-w", "--stdin"],
+            input=os.fsencode(tmp_path / "outside"),
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .strip()
+    )
 
     def tree(listing: str) -> str:
-        return subprocess.run(["git", "-C", str(repository), "mktree"], input=listing.encode(), capture_output=True,
-                              check=True).stdout.decode().strip()  # fmt: skip
+        return (
+            subprocess.run(
+                ["git", "-C", str(repository), "mktree"],
+                input=listing.encode(),
+                capture_output=True,
+                check=True,
+            )
+            .stdout.decode()
+            .strip()
+        )
 
     inner = tree(f"100644 blob {blob}\tbad.txt\n")
     outer = tree(f"120000 blob {link}\ta\n040000 tree {inner}\ta\n")
@@ -276,7 +357,9 @@ def test_a_missing_blob_costs_that_file_alone(repository):
 
 def test_a_partial_clone_fetches_nothing(repository, tmp_path):
     git(repository, "config", "uploadpack.allowFilter", "true")
-    git(tmp_path, "clone", "--quiet", "--filter=blob:none", "--no-checkout", f"file://{repository}", "partial")
+    git(
+        tmp_path, "clone", "--quiet", "--filter=blob:none", "--no-checkout", f"file://{repository}", "partial"
+    )
     before = fingerprint(tmp_path / "partial")
     found = checkout(tmp_path / "partial", "HEAD")
     assert set(found.missing) == {"file.txt", "sub/inner.txt"}
@@ -315,7 +398,9 @@ def test_a_path_that_is_no_utf_8_does_not_stop_the_others(repository):
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(repository, tmp_path, monkeypatch):
     put(tmp_path / "taken", "a file")
     monkeypatch.setenv("COMPAT_CACHE", str(tmp_path / "taken"))
-    with pytest.raises(CheckoutError, match="cannot be written below .*taken: .*; set COMPAT_CACHE") as caught:
+    with pytest.raises(
+        CheckoutError, match="cannot be written below .*taken: .*; set COMPAT_CACHE"
+    ) as caught:
         checkout(repository, "first")
     assert caught.value.exit_code == 3
 
@@ -323,8 +408,13 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(repository, tm
 def test_a_tree_with_a_file_below_a_file_is_an_error_not_a_crash(repository):
     blob, inner = git(repository, "rev-parse", "HEAD:file.txt"), git(repository, "rev-parse", "HEAD:sub")
     listing = f"100644 blob {blob}\tsub\n040000 tree {inner}\tsub\n"
-    outer = subprocess.run(["git", "-C", str(repository), "mktree"], input=listing.encode(), capture_output=True,
-                           check=True).stdout.decode().strip()  # fmt: skip
+    outer = (
+        subprocess.run(
+            ["git", "-C", str(repository), "mktree"], input=listing.encode(), capture_output=True, check=True
+        )
+        .stdout.decode()
+        .strip()
+    )
     with pytest.raises(CheckoutError, match="cannot be written"):
         checkout(repository, git(repository, "commit-tree", outer, "-m", "hand made"))
 
@@ -342,7 +432,9 @@ def test_outside_a_repository_there_are_no_refs(tmp_path, monkeypatch):
     plain.mkdir()
     if git_above(plain):
         pytest.skip("the temporary folder lies inside a git repository")
-    with pytest.raises(CheckoutError, match="is not inside a git repository, so '@main' names nothing") as caught:
+    with pytest.raises(
+        CheckoutError, match="is not inside a git repository, so '@main' names nothing"
+    ) as caught:
         checkout(plain, "main")
     assert caught.value.exit_code == 2
     assert head_commit(plain) == (None, None)

@@ -1,4 +1,4 @@
-"""Each way forks have been written is spoken: the same questions, answered with the numbers the code really gives.
+"""Each way forks have been written is spoken: the same questions, answered with the numbers the code gives.
 
 Unusual: what a tree must answer is worked out here once more, from its towers alone, one row at a time,
 without padding, cache or adapter.
@@ -283,13 +283,16 @@ def subject(forward, functions=()):
     )
 
 
-@pytest.mark.parametrize(("forward", "functions", "dialect"), [
-    (lambda self, input_ids, image: None, (), "single_image"),
-    (lambda self, input_ids, images: None, (), "upstream"),
-    (lambda self, input_ids, images: None, ("preset",), "nanovlm"),
-    (lambda self, input_ids, pixel_values: None, (), "idefics3"),
-    (lambda self, input_ids, pixel_values, images: None, ("preset",), "idefics3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("forward", "functions", "dialect"),
+    [
+        (lambda self, input_ids, image: None, (), "single_image"),
+        (lambda self, input_ids, images: None, (), "upstream"),
+        (lambda self, input_ids, images: None, ("preset",), "nanovlm"),
+        (lambda self, input_ids, pixel_values: None, (), "idefics3"),
+        (lambda self, input_ids, pixel_values, images: None, ("preset",), "idefics3"),
+    ],
+)
 def test_the_signature_alone_decides(forward, functions, dialect):
     from compat.child.adapters import choose
 

@@ -52,19 +52,32 @@ def found(folder, files, **named):
 
 @pytest.mark.parametrize("images", ["images", "image", "pixel_values"])
 def test_names_of_classes_and_files_do_not_matter(tmp_path, images):
-    hit = found(tmp_path, {"a/b.py": model("Zebra", images), "a/c.py": CONFIG.format(name="Stripes") + TRAIN.format(name="Run")})
+    hit = found(
+        tmp_path,
+        {
+            "a/b.py": model("Zebra", images),
+            "a/c.py": CONFIG.format(name="Stripes") + TRAIN.format(name="Run"),
+        },
+    )
     assert (hit.model.name, hit.config.name, hit.train_config.name) == ("Zebra", "Stripes", "Run")
     assert hit.others == []
 
 
-@pytest.mark.parametrize("code", [
-    "class App:\n    def forward(self, request): ...\n    def generate(self): ...\n",
-    "from torch import nn\nclass Text(nn.Module):\n    def forward(self, input_ids): ...\n    def generate(self, input_ids): ...\n",
-    "from torch import nn\nclass Tower(nn.Module):\n    def forward(self, images): ...\n",
-    "class NoModule:\n    def forward(self, input_ids, images): ...\n    def generate(self, input_ids, images): ...\n",
-    "def forward(input_ids, images): ...\n",
-    "", "# only words\n",
-], ids=["a server", "a text model", "a vision tower", "no Module", "a function", "nothing", "a comment"])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "class App:\n    def forward(self, request): ...\n    def generate(self): ...\n",
+        "from torch import nn\nclass Text(nn.Module):\n    def forward(self, input_ids): ...\n"
+        "    def generate(self, input_ids): ...\n",
+        "from torch import nn\nclass Tower(nn.Module):\n    def forward(self, images): ...\n",
+        "class NoModule:\n    def forward(self, input_ids, images): ...\n"
+        "    def generate(self, input_ids, images): ...\n",
+        "def forward(input_ids, images): ...\n",
+        "",
+        "# only words\n",
+    ],
+    ids=["a server", "a text model", "a vision tower", "no Module", "a function", "nothing", "a comment"],
+)
 def test_what_lacks_a_part_is_no_model(tmp_path, code):
     assert found(tmp_path, {"x.py": code, "config.py": CONFIG.format(name="C")}) is None
 
@@ -84,23 +97,39 @@ def test_of_equals_the_one_nearest_to_the_top_wins(tmp_path):
     assert found(tmp_path, files).model.module == "vlm"
 
 
-@pytest.mark.parametrize("skipped", ["tests", ".hidden", "node_modules", "venv/lib", "build", "a/b/c/d/e/f/g/h"])
+@pytest.mark.parametrize(
+    "skipped", ["tests", ".hidden", "node_modules", "venv/lib", "build", "a/b/c/d/e/f/g/h"]
+)
 def test_tests_environments_and_hidden_folders_are_not_looked_into(tmp_path, skipped):
     put(tmp_path / "venv/pyvenv.cfg", "home = x\n")
     assert found(tmp_path, {f"{skipped}/vlm.py": model(), "test_vlm.py": model()}) is None
 
 
 def test_files_that_cannot_be_read_are_passed_over_and_can_be_named(tmp_path):
-    folder = tree(tmp_path, {"vlm.py": model(), "config.py": CONFIG.format(name="C"), "broken.py": "def f(:\n",
-                             "old.py": "print 'two'\n", "large.py": "x = 1\n" * (MAX_BYTES // 6 + 1),
-                             "deep.py": "(" * 5000 + ")" * 5000})  # fmt: skip
+    folder = tree(
+        tmp_path,
+        {
+            "vlm.py": model(),
+            "config.py": CONFIG.format(name="C"),
+            "broken.py": "def f(:\n",
+            "old.py": "print 'two'\n",
+            "large.py": "x = 1\n" * (MAX_BYTES // 6 + 1),
+            "deep.py": "(" * 5000 + ")" * 5000,
+        },
+    )
     (tmp_path / "binary.py").write_bytes(b"\x00\xff\xfe")
     (tmp_path / "gone.py").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.py")  # opening it would wait for ever
     (tmp_path / "loop").symlink_to(tmp_path)
     assert discover(folder).model.name == "Anything"
     named = broken_files(folder)
-    assert [entry.split(" ")[0] for entry in named] == ["binary.py", "broken.py", "deep.py", "large.py", "old.py"]
+    assert [entry.split(" ")[0] for entry in named] == [
+        "binary.py",
+        "broken.py",
+        "deep.py",
+        "large.py",
+        "old.py",
+    ]
     assert next(entry for entry in named if entry.startswith("broken")) == "broken.py line 1 (invalid syntax)"
     assert parse(str(tmp_path / "pipe.py")) is None
 
@@ -110,47 +139,73 @@ def test_the_file_decides_its_encoding(tmp_path):
     assert discover(str(tmp_path)).model.module == "vlm"
 
 
-# -- configs -------------------------------------------------------------------------------------------------------
+# -- configs -------------------------------------------------------------------------------------------------
 
 
 def test_a_config_beside_the_model_is_preferred_to_an_equal_one_elsewhere(tmp_path):
-    hit = found(tmp_path, {"models/vlm.py": model(head="import models.config\n"), "models/config.py": CONFIG.format(name="Near"),
-                           "aaa/config.py": CONFIG.format(name="Far")})  # fmt: skip
+    hit = found(
+        tmp_path,
+        {
+            "models/vlm.py": model(head="import models.config\n"),
+            "models/config.py": CONFIG.format(name="Near"),
+            "aaa/config.py": CONFIG.format(name="Far"),
+        },
+    )
     assert hit.config == Place("models.config", "Near")
 
 
-@pytest.mark.parametrize("body", [
-    "    def __init__(self, **k):\n        self.vit_hidden_dim = 1\n        self.lm_hidden_dim = 2\n        self.lm_n_heads = 3\n"
-    "        self.lm_vocab_size: int = 4\n",
-    "    def __init__(self, a, b):\n        self.vit_hidden_dim, self.lm_hidden_dim = a, b\n        (self.lm_n_heads, self.x) = a, b\n"
-    "        self.y = self.lm_vocab_size = 4\n",
-    "    vit_hidden_dim = 1\n    lm_hidden_dim = 2\n    lm_n_heads = 3\n    lm_vocab_size = 4\n",
-    "    vit_hidden_dim: int\n    lm_hidden_dim: int\n    lm_n_heads: int = 3\n    lm_vocab_size: int = 4\n",
-], ids=["set in __init__", "several at once", "class attributes", "annotations"])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    def __init__(self, **k):\n        self.vit_hidden_dim = 1\n"
+        "        self.lm_hidden_dim = 2\n        self.lm_n_heads = 3\n"
+        "        self.lm_vocab_size: int = 4\n",
+        "    def __init__(self, a, b):\n        self.vit_hidden_dim, self.lm_hidden_dim = a, b\n"
+        "        (self.lm_n_heads, self.x) = a, b\n"
+        "        self.y = self.lm_vocab_size = 4\n",
+        "    vit_hidden_dim = 1\n    lm_hidden_dim = 2\n    lm_n_heads = 3\n    lm_vocab_size = 4\n",
+        "    vit_hidden_dim: int\n    lm_hidden_dim: int\n    lm_n_heads: int = 3\n"
+        "    lm_vocab_size: int = 4\n",
+    ],
+    ids=["set in __init__", "several at once", "class attributes", "annotations"],
+)
 def test_a_config_need_not_be_a_dataclass(tmp_path, body):
     hit = found(tmp_path, {"vlm.py": model(), "settings.py": "class Settings:\n" + body})
     assert hit.config == Place("settings", "Settings")
 
 
 def test_a_model_is_not_taken_for_its_own_config(tmp_path):
-    greedy = model().replace("self.vision_encoder, self.decoder = None, None", "; ".join(
-        f"self.{field} = 1" for field in ("vit_hidden_dim", "lm_hidden_dim", "lm_n_heads", "lm_vocab_size")))  # fmt: skip
+    greedy = model().replace(
+        "self.vision_encoder, self.decoder = None, None",
+        "; ".join(
+            f"self.{field} = 1"
+            for field in ("vit_hidden_dim", "lm_hidden_dim", "lm_n_heads", "lm_vocab_size")
+        ),
+    )
     assert found(tmp_path, {"vlm.py": greedy}).config is None
 
 
-# -- where imports start ---------------------------------------------------------------------------------------------
+# -- where imports start -------------------------------------------------------------------------------------
 
 
 def test_absolute_imports_show_where_the_project_starts(tmp_path):
-    hit = found(tmp_path, {"research/vlm/models/vlm.py": model(head="from models.config import C\n"),
-                           "research/vlm/models/config.py": CONFIG.format(name="C"), "models/other.py": ""})  # fmt: skip
+    hit = found(
+        tmp_path,
+        {
+            "research/vlm/models/vlm.py": model(head="from models.config import C\n"),
+            "research/vlm/models/config.py": CONFIG.format(name="C"),
+            "models/other.py": "",
+        },
+    )
     assert hit.root == str(tmp_path / "research/vlm") and hit.model.module == "models.vlm"
 
 
 def test_relative_imports_are_made_from_above_the_package(tmp_path):
     files = {f"src/pkg/{name}": "" for name in ("__init__.py", "models/__init__.py", "data/__init__.py")}
-    files |= {"src/pkg/models/vlm.py": model(head="from ..data import x\nfrom .config import C\n"),
-              "src/pkg/models/config.py": CONFIG.format(name="C")}  # fmt: skip
+    files |= {
+        "src/pkg/models/vlm.py": model(head="from ..data import x\nfrom .config import C\n"),
+        "src/pkg/models/config.py": CONFIG.format(name="C"),
+    }
     hit = found(tmp_path, files)
     assert hit.root == str(tmp_path / "src") and hit.model.module == "pkg.models.vlm"
     assert hit.config.module == "pkg.models.config"
@@ -162,7 +217,11 @@ def test_a_package_without_imports_of_its_own_starts_above_itself(tmp_path):
 
 
 def test_a_module_named_like_the_standard_library_decides_nothing(tmp_path):
-    files = {"top/json/x.py": "", "top/inner/vlm.py": model(head="import json\n"), "top/inner/config.py": CONFIG.format(name="C")}
+    files = {
+        "top/json/x.py": "",
+        "top/inner/vlm.py": model(head="import json\n"),
+        "top/inner/config.py": CONFIG.format(name="C"),
+    }
     assert found(tmp_path, files).root == str(tmp_path / "top/inner")
 
 
@@ -172,7 +231,7 @@ def test_a_package_s_init_is_the_package():
     assert module_name("/r/b.py", "/r") == "b"
 
 
-# -- a class the user named --------------------------------------------------------------------------------------------
+# -- a class the user named ----------------------------------------------------------------------------------
 
 
 def test_a_named_class_is_taken_however_poor(tmp_path):
@@ -182,8 +241,13 @@ def test_a_named_class_is_taken_however_poor(tmp_path):
 
 
 def test_a_named_file_is_the_only_one_whose_classes_are_models(tmp_path):
-    files = {"vlm.py": model(), "variant.py": model(), "config.py": CONFIG.format(name="C"), "tests/mine.py": model("Mine"),
-             "data/words.py": "def get_tokenizer(name): ...\n"}  # fmt: skip
+    files = {
+        "vlm.py": model(),
+        "variant.py": model(),
+        "config.py": CONFIG.format(name="C"),
+        "tests/mine.py": model("Mine"),
+        "data/words.py": "def get_tokenizer(name): ...\n",
+    }
     hit = found(tmp_path, files, cls="Anything", file=str(tmp_path / "variant.py"))
     assert hit.model.module == "variant" and hit.config.module == "config" and hit.others == []
     assert hit.functions["get_tokenizer"] == [Place("data.words", "get_tokenizer")]
@@ -191,20 +255,40 @@ def test_a_named_file_is_the_only_one_whose_classes_are_models(tmp_path):
 
 
 def test_what_a_module_passes_on_is_followed(tmp_path):
-    root = tree(tmp_path, {"pkg/__init__.py": "from .sub import A as B\nfrom pkg.other import C\nimport os\n",
-                           "pkg/sub/__init__.py": "from ..impl import A\n", "pkg/impl.py": "class A: ...\n", "pkg/other.py": ""})  # fmt: skip
+    root = tree(
+        tmp_path,
+        {
+            "pkg/__init__.py": "from .sub import A as B\nfrom pkg.other import C\nimport os\n",
+            "pkg/sub/__init__.py": "from ..impl import A\n",
+            "pkg/impl.py": "class A: ...\n",
+            "pkg/other.py": "",
+        },
+    )
     init = os.path.join(root, "pkg/__init__.py")
     assert imported_from(init, "B", root) == (os.path.join(root, "pkg/sub/__init__.py"), "A")
-    assert imported_from(os.path.join(root, "pkg/sub/__init__.py"), "A", root) == (os.path.join(root, "pkg/impl.py"), "A")
+    assert imported_from(os.path.join(root, "pkg/sub/__init__.py"), "A", root) == (
+        os.path.join(root, "pkg/impl.py"),
+        "A",
+    )
     assert imported_from(init, "C", root) == (os.path.join(root, "pkg/other.py"), "C")
     assert imported_from(init, "os", root) is None and imported_from(init, "A", root) is None
 
 
 def test_functions_of_the_data_side_are_listed_with_their_places(tmp_path):
-    hit = found(tmp_path, {"models/vlm.py": model(head="from models.config import C\n"), "models/config.py": CONFIG.format(name="C"),
-                           "data/processors.py": "def get_tokenizer(name): ...\n", "scripts/x.py": "def get_tokenizer(): ...\n",
-                           "data/datasets.py": "class VQADataset: ...\n"})  # fmt: skip
-    assert hit.functions["get_tokenizer"] == [Place("data.processors", "get_tokenizer"), Place("scripts.x", "get_tokenizer")]
+    hit = found(
+        tmp_path,
+        {
+            "models/vlm.py": model(head="from models.config import C\n"),
+            "models/config.py": CONFIG.format(name="C"),
+            "data/processors.py": "def get_tokenizer(name): ...\n",
+            "scripts/x.py": "def get_tokenizer(): ...\n",
+            "data/datasets.py": "class VQADataset: ...\n",
+        },
+    )
+    assert hit.functions["get_tokenizer"] == [
+        Place("data.processors", "get_tokenizer"),
+        Place("scripts.x", "get_tokenizer"),
+    ]
     assert hit.classes["VQADataset"] == [Place("data.datasets", "VQADataset")]
 
 

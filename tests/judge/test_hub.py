@@ -23,7 +23,9 @@ def fetched(home, name, file):
     return hf_hub_download(name, file, cache_dir=home / "hub", local_files_only=True)
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
 def test_the_real_client_finds_each_file(home, file):
     hub.add_repository("somebody/some-model", "language")
     with open(fetched(home, "somebody/some-model", file), "rb") as stream:
@@ -80,7 +82,10 @@ def test_config_and_weights_agree(home):
     assert shapes["model.layers.0.self_attn.k_proj.weight"] == (kv, config["hidden_size"])
     vision = hub.vision_config()["vision_config"]
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    assert hub.vision_shapes()["vision_model.embeddings.position_embedding.weight"] == (patches, vision["hidden_size"])
+    assert hub.vision_shapes()["vision_model.embeddings.position_embedding.weight"] == (
+        patches,
+        vision["hidden_size"],
+    )
 
 
 def test_the_tokenizer_takes_any_text_apart_and_together():
@@ -99,10 +104,14 @@ def test_the_tokenizer_takes_any_text_apart_and_together():
 def test_the_vocabulary_is_one_to_one():
     files = hub.tokenizer_files()
     vocabulary = files["vocab.json"]
-    assert sorted(vocabulary.values()) == list(range(hub.BASE_VOCABULARY)) and files["tokenizer.json"]["model"]["vocab"] == vocabulary
+    assert (
+        sorted(vocabulary.values()) == list(range(hub.BASE_VOCABULARY))
+        and files["tokenizer.json"]["model"]["vocab"] == vocabulary
+    )
     assert sorted(map(ord, hub.byte_symbols()))[-1] < 512 and len(set(hub.byte_symbols())) == 256
 
 
+@pytest.mark.slow  # for the import of transformers
 def test_transformers_reads_the_configs(home):
     pytest.importorskip("transformers")
     from transformers import AutoConfig

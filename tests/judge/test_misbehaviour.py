@@ -67,17 +67,28 @@ class Judged:
         with contextlib.suppress(ChildFailed):
             self.generate("import os; os._exit(0)")
 
+    def wait_until_disturbed(self):
+        deadline = time.monotonic() + 20
+        while not self.child._disturbed() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert self.child._disturbed()
+
     def assert_the_next_question_is_answered(self):
         assert np.array_equal(self.forward(), self.honest)
 
 
 def mischievous(folder):
     return make_tree(
-        folder, "main",
-        {MODEL: [("import torch\n", "import torch\nfrom mischief import run_plan\n"),
-                 ("        pick = likeliest", "        run_plan()\n        pick = likeliest")]},
+        folder,
+        "main",
+        {
+            MODEL: [
+                ("import torch\n", "import torch\nfrom mischief import run_plan\n"),
+                ("        pick = likeliest", "        run_plan()\n        pick = likeliest"),
+            ]
+        },
         {"mischief.py": MISCHIEF},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +102,32 @@ DEADLY = {
     "leaves by os._exit": ("import os; os._exit(7)", "ended with exit code 7 while answering 'generate'"),
     "crashes": ("import ctypes; ctypes.string_at(0)", "was ended by SIGSEGV while answering 'generate'"),
     "writes junk into every descriptor": (
-        WRITE_EVERYWHERE + "everywhere(b'PASSED ' * 100)", "something other than the worker wrote into the answer pipe"),
+        WRITE_EVERYWHERE + "everywhere(b'PASSED ' * 100)",
+        "something other than the worker wrote into the answer pipe",
+    ),
     "forges an answer": (
-        WRITE_EVERYWHERE + FORGED % "bytes(16)", "something other than the worker wrote into the answer pipe"),
+        WRITE_EVERYWHERE + FORGED % "bytes(16)",
+        "something other than the worker wrote into the answer pipe",
+    ),
     "closes every descriptor": ("import os; os.closerange(3, 4096)", "ended with exit code"),
     "leaves a child that holds the pipes": (
-        "import os, time\nif os.fork() == 0:\n    time.sleep(600)\nos._exit(0)", "ended with exit code 0"),
+        "import os, time\nif os.fork() == 0:\n    time.sleep(600)\nos._exit(0)",
+        "ended with exit code 0",
+    ),
     "takes the worker's own functions away": (
-        "import os, sys\nos.makedirs = None\nfor name in list(sys.modules):\n    if name.startswith('_compat'):\n"
-        "        vars(sys.modules[name]).pop('write_all', None)\n        vars(sys.modules[name]).pop('encode', None)\n",
-        "ended with exit code 1"),
-}  # fmt: skip
+        "import os, sys\nos.makedirs = None\nfor name in list(sys.modules):\n"
+        "    if name.startswith('_compat'):\n"
+        "        vars(sys.modules[name]).pop('write_all', None)\n"
+        "        vars(sys.modules[name]).pop('encode', None)\n",
+        "ended with exit code 1",
+    ),
+}
 
 
-@pytest.mark.parametrize("kind", DEADLY)
+SLOW = ("closes every descriptor", "takes the worker's own functions away")  # each costs a start
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in DEADLY])
 def test_what_ends_the_process_costs_one_question(judged, kind):
     plan, sentence = DEADLY[kind]
     began = time.monotonic()
@@ -115,11 +138,18 @@ def test_what_ends_the_process_costs_one_question(judged, kind):
     judged.assert_the_next_question_is_answered()
 
 
-@pytest.mark.parametrize("plan", [
-    "while True: pass",
-    "import signal, time\nfor number in (15, 2, 1): signal.signal(number, signal.SIG_IGN)\n"
-    "while True:\n    try: time.sleep(600)\n    except BaseException: pass",
-], ids=["loops", "ignores signals"])  # fmt: skip
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "while True: pass",
+        pytest.param(
+            "import signal, time\nfor number in (15, 2, 1): signal.signal(number, signal.SIG_IGN)\n"
+            "while True:\n    try: time.sleep(600)\n    except BaseException: pass",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["loops", "ignores signals"],
+)
 def test_what_never_answers_is_ended_at_the_time_limit(judged, plan):
     judged.assert_the_next_question_is_answered()  # the limit below is for the question, not for a start
     began = time.monotonic()
@@ -136,12 +166,26 @@ RAISING = {
     "recurses": ("def f(n): return f(n + 1)\nf(0)", "RecursionError", "maximum recursion depth exceeded"),
     "shouts": ("raise ValueError('\\n# PASSED\\n' + 'A' * 10**7)", "ValueError", "# PASSED AAAA"),
     "raises what cannot be shown": (
-        "class Mute(Exception):\n    def __str__(self): raise Mute\nraise Mute", "Mute", "(its message cannot be shown)"),
-    "has a name without end": ("raise type('E' * 10**6, (Exception,), {'__module__': 'x'})('short')", "E" * 200, "short"),
-    "raises what has no module": ("raise type('Lost', (Exception,), {})('where')", "Lost", "(its message cannot be shown)"),
+        "class Mute(Exception):\n    def __str__(self): raise Mute\nraise Mute",
+        "Mute",
+        "(its message cannot be shown)",
+    ),
+    "has a name without end": (
+        "raise type('E' * 10**6, (Exception,), {'__module__': 'x'})('short')",
+        "E" * 200,
+        "short",
+    ),
+    "raises what has no module": (
+        "raise type('Lost', (Exception,), {})('where')",
+        "Lost",
+        "(its message cannot be shown)",
+    ),
     "raises the judge's own exceptions": (
-        "import sys\nraise sys.modules['_compat_child.protocol'].ProtocolError('no')", "ProtocolError", "no"),
-}  # fmt: skip
+        "import sys\nraise sys.modules['_compat_child.protocol'].ProtocolError('no')",
+        "ProtocolError",
+        "no",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", RAISING)
@@ -164,11 +208,15 @@ HARMLESS = {
     "closes stdout": "import sys; sys.stdout.close(); sys.stdout = None",
     "changes the folder": "import os; os.chdir('/')",
     "removes its temporary folders": (
-        "import os, shutil\nfor name in ('TMPDIR', 'HF_HOME', 'HOME'): shutil.rmtree(os.environ[name], ignore_errors=True)"),
+        "import os, shutil\n"
+        "for name in ('TMPDIR', 'HF_HOME', 'HOME'): shutil.rmtree(os.environ[name], ignore_errors=True)"
+    ),
     "empties the environment": "import os; os.environ.clear()",
     "lets a daemon live on": (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(600)\n    os._exit(0)"),
-}  # fmt: skip
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
+        "    if os.fork() == 0: time.sleep(600)\n    os._exit(0)"
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
@@ -208,14 +256,14 @@ def test_output_keeps_its_beginning_and_its_end(tmp_path):
 def test_what_is_written_after_an_answer_is_never_read_as_the_next(judged):
     late = WRITE_EVERYWHERE + ("import threading\nthreading.Timer(0.3, everywhere, [b'x' * 50]).start()")
     first = judged.generate(late)
-    time.sleep(0.6)
+    judged.wait_until_disturbed()
     judged.assert_the_next_question_is_answered()
     assert judged.generate() == first
 
 
 def test_a_process_that_ends_between_two_questions_costs_neither(judged):
     first = judged.generate("import threading, os; threading.Timer(0.2, os._exit, [5]).start()")
-    time.sleep(0.5)
+    judged.wait_until_disturbed()
     judged.assert_the_next_question_is_answered()
     assert judged.generate() == first
 
@@ -232,8 +280,11 @@ def test_nothing_the_target_started_outlives_the_child_in_a_sandbox(tmp_path):
         pytest.skip("neither bwrap nor unshare works here, so a daemon cannot be contained")
     folder = mischievous(tmp_path)
     beat = tmp_path / "beat"
-    put(folder / "plan.txt", f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True:\n"
-        f"        open({str(beat)!r}, 'a').write('x'); time.sleep(0.02)\n")  # fmt: skip
+    put(
+        folder / "plan.txt",
+        f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True:\n"
+        f"        open({str(beat)!r}, 'a').write('x'); time.sleep(0.02)\n",
+    )
     with Child(resolve(str(folder))) as child:
         child.ask("generate", combo=COMBO, rows=[ROW], max_new_tokens=1)
         deadline = time.monotonic() + 5
@@ -250,11 +301,20 @@ def test_nothing_the_target_started_outlives_the_child_in_a_sandbox(tmp_path):
 
 AT_IMPORT = {
     "hangs": ("while True: pass", r"could not be started: no answer to 'hello' within 2 s"),
-    "exits": ("import sys; sys.exit('bye')", r"cannot be imported: SystemExit: bye \(models/vision_language_model\.py:\d+\)"),
+    "exits": (
+        "import sys; sys.exit('bye')",
+        r"cannot be imported: SystemExit: bye \(models/vision_language_model\.py:\d+\)",
+    ),
     "leaves": ("import os; os._exit(4)", r"could not be started: the process ended with exit code 4"),
-    "raises": ("raise OSError('no weights\\nhere')", r"cannot be imported: OSError: no weights here \(models/vision"),
-    "lacks a module": ("import nowhere_to_be_found", r"cannot be imported: no module named 'nowhere_to_be_found'$"),
-}  # fmt: skip
+    "raises": (
+        "raise OSError('no weights\\nhere')",
+        r"cannot be imported: OSError: no weights here \(models/vision",
+    ),
+    "lacks a module": (
+        "import nowhere_to_be_found",
+        r"cannot be imported: no module named 'nowhere_to_be_found'$",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", AT_IMPORT)
@@ -271,24 +331,40 @@ def test_what_fails_while_it_is_imported_is_told_in_one_sentence(tmp_path, kind)
 
 NO_MODEL = {
     "an empty folder": ({}, r"^this folder holds no nanoVLM-style model: .* was found$"),
-    "unrelated code": ({"app.py": "class App:\n    def forward(self, request):\n        return request\n"},
-                       r"^this folder holds no nanoVLM-style model"),
+    "unrelated code": (
+        {"app.py": "class App:\n    def forward(self, request):\n        return request\n"},
+        r"^this folder holds no nanoVLM-style model",
+    ),
     "a syntax error in the model": (
         {MODEL: "class VLM(Module)\n    def forward(self, input_ids, images): pass\n", "ok.py": "x = 1\n"},
-        r"no nanoVLM-style model.*; not readable as Python 3\.\d+\.\d+: models/vision_language_model\.py line 1 \(expected ':'\)$"),
+        r"no nanoVLM-style model.*; not readable as Python 3\.\d+\.\d+: models/vision_"
+        r"language_model\.py line 1 \(expected ':'\)$",
+    ),
     "a JAX model": (
-        {"model.py": "import flax.linen as nn\nclass VLM(nn.Module):\n    def __call__(self, input_ids, images): return 0\n"
-                     "    def generate(self, input_ids, images): return 0\n"},
-        r"^this folder holds no nanoVLM-style model"),
+        {
+            "model.py": "import flax.linen as nn\nclass VLM(nn.Module):\n"
+            "    def __call__(self, input_ids, images): return 0\n"
+            "    def generate(self, input_ids, images): return 0\n"
+        },
+        r"^this folder holds no nanoVLM-style model",
+    ),
     "a config without a model": (
-        {"models/config.py": "class VLMConfig:\n    vit_hidden_dim: int = 1\n    lm_hidden_dim: int = 1\n    lm_n_heads: int = 1\n"
-                             "    lm_vocab_size: int = 1\n"},
-        r"^this folder holds no nanoVLM-style model"),
+        {
+            "models/config.py": "class VLMConfig:\n    vit_hidden_dim: int = 1\n"
+            "    lm_hidden_dim: int = 1\n    lm_n_heads: int = 1\n"
+            "    lm_vocab_size: int = 1\n"
+        },
+        r"^this folder holds no nanoVLM-style model",
+    ),
     "a model without a config": (
-        {"models/vlm.py": "from torch import nn\nclass VLM(nn.Module):\n    def forward(self, input_ids, images): return 0\n"
-                          "    def generate(self, input_ids, images): return 0\n"},
-        r"^vlm:VLM looks like a model, but no config class with fields such as vit_hidden_dim"),
-}  # fmt: skip
+        {
+            "models/vlm.py": "from torch import nn\nclass VLM(nn.Module):\n"
+            "    def forward(self, input_ids, images): return 0\n"
+            "    def generate(self, input_ids, images): return 0\n"
+        },
+        r"^vlm:VLM looks like a model, but no config class with fields such as vit_hidden_dim",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", NO_MODEL)

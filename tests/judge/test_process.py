@@ -1,4 +1,4 @@
-"""What surrounds the target: a scrubbed environment, its own folder, a chosen interpreter, an untouched checkout."""
+"""What surrounds the target: a scrubbed environment, a chosen interpreter, an untouched checkout."""
 
 from __future__ import annotations
 
@@ -18,19 +18,37 @@ from compat.target import resolve
 from tests.judge.trees import COMBO, MODEL, fingerprint, make_tree, put
 
 SECRETS = {
-    "HF_TOKEN": "s3cret", "HUGGING_FACE_HUB_TOKEN": "s3cret", "WANDB_API_KEY": "s3cret", "GITHUB_TOKEN": "s3cret",
-    "AWS_SECRET_ACCESS_KEY": "s3cret", "OPENAI_API_KEY": "s3cret", "http_proxy": "http://s3cret", "HTTPS_PROXY": "http://s3cret",
-    "ALL_PROXY": "socks://s3cret", "SSH_AUTH_SOCK": "/s3cret", "GPG_AGENT_INFO": "/s3cret", "NETRC": "/s3cret",
-    "PIP_INDEX_URL": "http://s3cret", "LD_PRELOAD": "", "PYTHONSTARTUP": "/s3cret", "PYTHONHOME": "", "VIRTUAL_ENV": "/s3cret",
-    "HF_HOME": "/s3cret", "XDG_CACHE_HOME": "/s3cret", "DBUS_SESSION_BUS_ADDRESS": "s3cret", "KUBECONFIG": "/s3cret",
-}  # fmt: skip
+    "HF_TOKEN": "s3cret",
+    "HUGGING_FACE_HUB_TOKEN": "s3cret",
+    "WANDB_API_KEY": "s3cret",
+    "GITHUB_TOKEN": "s3cret",
+    "AWS_SECRET_ACCESS_KEY": "s3cret",
+    "OPENAI_API_KEY": "s3cret",
+    "http_proxy": "http://s3cret",
+    "HTTPS_PROXY": "http://s3cret",
+    "ALL_PROXY": "socks://s3cret",
+    "SSH_AUTH_SOCK": "/s3cret",
+    "GPG_AGENT_INFO": "/s3cret",
+    "NETRC": "/s3cret",
+    "PIP_INDEX_URL": "http://s3cret",
+    "LD_PRELOAD": "",
+    "PYTHONSTARTUP": "/s3cret",
+    "PYTHONHOME": "",
+    "VIRTUAL_ENV": "/s3cret",
+    "HF_HOME": "/s3cret",
+    "XDG_CACHE_HOME": "/s3cret",
+    "DBUS_SESSION_BUS_ADDRESS": "s3cret",
+    "KUBECONFIG": "/s3cret",
+}
 TELL = """
 import json, os, pathlib, sys
 def listing(name):
     return sorted(str(p) for p in pathlib.Path(os.environ[name]).rglob('*') if p.is_file())
-print('TOLD ' + json.dumps({'environment': dict(os.environ), 'cwd': os.getcwd(), 'path': sys.path, 'argv': sys.argv[1:],
-    'files': listing('HOME'), 'modules': sorted(sys.modules), 'descriptors': sorted(os.listdir('/proc/self/fd')
-    if os.path.isdir('/proc/self/fd') else []), 'stdin': sys.stdin.read(), 'flags': sys.flags.dont_write_bytecode}))
+print('TOLD ' + json.dumps({
+    'environment': dict(os.environ), 'cwd': os.getcwd(), 'path': sys.path, 'files': listing('HOME'),
+    'modules': sorted(sys.modules), 'stdin': sys.stdin.read(), 'flags': sys.flags.dont_write_bytecode,
+    'descriptors': sorted(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else [],
+}))
 """
 
 
@@ -48,21 +66,36 @@ def seen(tmp_path_factory):
     lent = tmp_path_factory.mktemp("lent")
     outer.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), str(lent), ""]))
     outer.setenv("OMP_NUM_THREADS", "2")
-    tree = make_tree(tmp_path_factory.mktemp("process"), "main", {MODEL: [("import torch\n", TELL + "import torch\n")]},
-                     {"compat.py": "raise RuntimeError('the judge imported the module of a target')\n"})  # fmt: skip
+    tree = make_tree(
+        tmp_path_factory.mktemp("process"),
+        "main",
+        {MODEL: [("import torch\n", TELL + "import torch\n")]},
+        {"compat.py": "raise RuntimeError('the judge imported the module of a target')\n"},
+    )
     before = fingerprint(tree)
     row = {"tokens": [-1, 40, 41], "images": [0], "labels": [-100, 41, -100]}
     try:
         with Child(resolve(str(tree))) as child:
             for question, parameters in {
-                "forward": {"rows": [row]}, "generate": {"rows": [row], "max_new_tokens": 2}, "save_load": {"rows": [row]},
-                "backbones": {}, "data": {"turns": [[{"user": "a", "assistant": "b"}]]},
-            }.items():  # fmt: skip
+                "forward": {"rows": [row]},
+                "generate": {"rows": [row], "max_new_tokens": 2},
+                "save_load": {"rows": [row]},
+                "backbones": {},
+                "data": {"turns": [[{"user": "a", "assistant": "b"}]]},
+            }.items():
                 child.ask(question, combo=COMBO, **parameters)
             facts = told(child)
             home = Path(facts["environment"]["HOME"])
             assert home.is_dir()
-        yield {**facts, "tree": tree, "before": before, "after": fingerprint(tree), "hello": child.hello, "lent": lent, "home": home}
+        yield {
+            **facts,
+            "tree": tree,
+            "before": before,
+            "after": fingerprint(tree),
+            "hello": child.hello,
+            "lent": lent,
+            "home": home,
+        }
     finally:
         outer.undo()
 
@@ -91,7 +124,9 @@ def test_the_target_runs_in_its_checkout_and_leaves_it_as_it_was(seen):
 
 def test_the_judge_lends_the_target_none_of_its_modules(seen):
     project = str(Path(__file__).parents[2])
-    assert project not in seen["path"] and not any(entry.startswith(project + os.sep) for entry in seen["path"])
+    assert project not in seen["path"] and not any(
+        entry.startswith(project + os.sep) for entry in seen["path"]
+    )
     assert {"compat", "pytest", "rich", "protocol", "worker"}.isdisjoint(seen["modules"])
     assert str(seen["lent"]) in seen["path"]  # what else PYTHONPATH names is the user's wish
     assert seen["environment"]["PYTHONPATH"] == str(seen["lent"])
@@ -113,10 +148,18 @@ def test_hello_tells_the_versions_and_the_model(seen):
     assert hello["torch"] and hello["numpy"] and hello["platform"] and hello["device"] == "cpu"
 
 
-@pytest.mark.parametrize(("given", "kept"), [
-    (None, None), ("", None), ("{ours}", None), ("{ours}/compat/..", None), ("{ours}:{other}", "{other}"),
-    ("relative", "{cwd}/relative"), ("{ours}/tests:{other}:{ours}", "{ours}/tests:{other}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, None),
+        ("", None),
+        ("{ours}", None),
+        ("{ours}/compat/..", None),
+        ("{ours}:{other}", "{other}"),
+        ("relative", "{cwd}/relative"),
+        ("{ours}/tests:{other}:{ours}", "{ours}/tests:{other}"),
+    ],
+)
 def test_pythonpath_without_the_judge_s_folder(tmp_path, monkeypatch, given, kept):
     names = {"ours": Path(__file__).parents[2].resolve(), "other": tmp_path, "cwd": Path.cwd().resolve()}
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -125,7 +168,7 @@ def test_pythonpath_without_the_judge_s_folder(tmp_path, monkeypatch, given, kep
     assert scrubbed_environment(tmp_path / "home").get("PYTHONPATH") == (kept and kept.format(**names))
 
 
-# -- the interpreter -------------------------------------------------------------------------------------------
+# -- the interpreter -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("python", ["/nowhere/python", "{folder}", "{file}"])
@@ -135,7 +178,10 @@ def test_an_interpreter_that_cannot_be_started_is_named(tmp_path, monkeypatch, p
     for mode in ("none", "sandbox"):
         monkeypatch.setenv("COMPAT_SANDBOX", mode)
         sandbox.cache_clear()
-        with Child(resolve(str(tmp_path)), python=python) as child, pytest.raises(CouldNotAsk, match="interpreter") as caught:
+        with (
+            Child(resolve(str(tmp_path)), python=python) as child,
+            pytest.raises(CouldNotAsk, match="interpreter") as caught,
+        ):
             child.ask("describe", combo=COMBO)
         assert python in str(caught.value) and "\n" not in str(caught.value)
     sandbox.cache_clear()
@@ -148,7 +194,10 @@ def test_an_interpreter_is_found_from_where_the_user_stands(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for python in ("venv/bin/python", Path(sys.executable).name):
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        with Child(resolve("fork"), python=python) as child, pytest.raises(CouldNotAsk, match="this folder holds no nanoVLM"):
+        with (
+            Child(resolve("fork"), python=python) as child,
+            pytest.raises(CouldNotAsk, match="this folder holds no nanoVLM"),
+        ):
             child.ask("describe", combo=COMBO)
 
 
@@ -159,7 +208,10 @@ def test_an_interpreter_without_torch_is_told_so(tmp_path):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     python.chmod(0o755)
     tree = make_tree(tmp_path, "main")
-    with Child(resolve(str(tree)), python=str(python)) as child, pytest.raises(CouldNotAsk, match="no module named 'torch'"):
+    with (
+        Child(resolve(str(tree)), python=str(python)) as child,
+        pytest.raises(CouldNotAsk, match="no module named 'torch'"),
+    ):
         child.ask("describe", combo=COMBO)
 
 
@@ -169,9 +221,14 @@ def other_interpreters() -> list[str]:
     beside = [str(folder) for folder in Path(sys.base_prefix).parent.glob("*/bin")]
     found = []
     for minor in range(9, 16):
-        for folder in [*os.environ["PATH"].split(os.pathsep), *beside] if minor != sys.version_info[1] else []:
+        for folder in (
+            [*os.environ["PATH"].split(os.pathsep), *beside] if minor != sys.version_info[1] else []
+        ):
             path = Path(folder) / f"python3.{minor}"
-            if path.is_file() and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
+            if (
+                path.is_file()
+                and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+            ):
                 found.append(str(path))
                 break
     return found
@@ -182,7 +239,10 @@ def test_the_child_speaks_the_syntax_of_older_and_newer_pythons():
     if not others:
         pytest.skip("no other Python from 3.9 on is at hand")
     child = Path(protocol.__file__).parent
-    check = "import ast, pathlib, sys\nfor p in pathlib.Path(sys.argv[1]).rglob('*.py'): ast.parse(p.read_text('utf-8'))"
+    check = (
+        "import ast, pathlib, sys\n"
+        "for p in pathlib.Path(sys.argv[1]).rglob('*.py'): ast.parse(p.read_text('utf-8'))"
+    )
     for python in others:
         done = subprocess.run([python, "-c", check, str(child)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{python}: {done.stderr}"
@@ -196,10 +256,12 @@ def test_another_interpreter_answers_for_itself(tmp_path):
         # Without torch there, discovery still runs and says what is missing, in that interpreter's words.
         with Child(resolve(str(tmp_path)), python=python) as child, pytest.raises(CouldNotAsk) as caught:
             child.ask("describe", combo=COMBO)
-        assert str(caught.value).startswith("this folder holds no nanoVLM-style model"), f"{python}: {caught.value}"
+        assert str(caught.value).startswith("this folder holds no nanoVLM-style model"), (
+            f"{python}: {caught.value}"
+        )
 
 
-# -- the sandbox -----------------------------------------------------------------------------------------------
+# -- the sandbox ---------------------------------------------------------------------------------------------
 
 
 def test_the_sandbox_can_be_switched_off(monkeypatch):
@@ -221,7 +283,9 @@ def test_the_sandbox_passes_exit_codes_on_and_cuts_the_network(monkeypatch):
     done = subprocess.run([*prefix, sys.executable, "-c", "import sys; sys.exit(7)"], check=False)
     assert done.returncode == 7
     interfaces = "import socket; print([name for _, name in socket.if_nameindex()])"
-    shown = subprocess.run([*prefix, sys.executable, "-c", interfaces], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [*prefix, sys.executable, "-c", interfaces], capture_output=True, text=True, check=True
+    ).stdout
     assert shown.strip() == "['lo']"
 
 
@@ -229,7 +293,11 @@ def test_without_a_sandbox_a_target_is_judged_all_the_same(tmp_path, monkeypatch
     monkeypatch.setenv("COMPAT_SANDBOX", "none")
     sandbox.cache_clear()
     row = {"tokens": [-1, 40, 41], "images": [0]}
-    tree = make_tree(tmp_path, "main", {MODEL: [("        pick = likeliest", "        import os; os._exit(3)\n        pick = likeliest")]})
+    tree = make_tree(
+        tmp_path,
+        "main",
+        {MODEL: [("        pick = likeliest", "        import os; os._exit(3)\n        pick = likeliest")]},
+    )
     try:
         with Child(resolve(str(tree))) as child:
             assert child.ask("forward", combo=COMBO, rows=[row])["logits.0"].shape == (2, 338)
@@ -239,7 +307,7 @@ def test_without_a_sandbox_a_target_is_judged_all_the_same(tmp_path, monkeypatch
         sandbox.cache_clear()
 
 
-# -- the protocol ------------------------------------------------------------------------------------------------
+# -- the protocol --------------------------------------------------------------------------------------------
 
 
 def test_a_frame_comes_back_as_it_was_sent():
@@ -251,15 +319,23 @@ def test_a_frame_comes_back_as_it_was_sent():
     assert json.loads(body[:json_bytes])["a"] == [1, None, "ü"] and body[json_bytes:] == b"blob"
 
 
-@pytest.mark.parametrize("header", [
-    protocol.HEADER.pack(b"NVJ0", bytes(16), 2, 0), protocol.HEADER.pack(b"NVJ1", b"x" * 16, 2, 0), b"\n" * protocol.HEADER.size,
-], ids=["another magic", "another nonce", "lines"])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        protocol.HEADER.pack(b"NVJ0", bytes(16), 2, 0),
+        protocol.HEADER.pack(b"NVJ1", b"x" * 16, 2, 0),
+        b"\n" * protocol.HEADER.size,
+    ],
+    ids=["another magic", "another nonce", "lines"],
+)
 def test_other_bytes_are_no_frame(header):
     with pytest.raises(protocol.ProtocolError, match="something other than the worker"):
         protocol.decode_header(header, bytes(16))
 
 
-@pytest.mark.parametrize("sizes", [(protocol.MAX_JSON_BYTES + 1, 0), (0, protocol.MAX_BLOB_BYTES + 1), (2**32 - 1, 2**64 - 1)])
+@pytest.mark.parametrize(
+    "sizes", [(protocol.MAX_JSON_BYTES + 1, 0), (0, protocol.MAX_BLOB_BYTES + 1), (2**32 - 1, 2**64 - 1)]
+)
 def test_a_frame_beyond_the_limit_is_refused_from_its_header(sizes):
     with pytest.raises(protocol.ProtocolError, match="over the limit"):
         protocol.decode_header(protocol.HEADER.pack(b"NVJ1", bytes(16), *sizes), bytes(16))

@@ -1,4 +1,4 @@
-"""Stand-ins for packages that are not installed: the target may mention them, everybody else sees the truth."""
+"""Stand-ins for packages that are not installed: the target may mention them, all others see the truth."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from compat.process import NotSupported as Skip
 from compat.target import resolve
 from tests.judge.trees import COMBO, MODEL, make_tree, put
 
-ABSENT = next(name for name in ("gradio", "streamlit", "xformers", "decord", "liger_kernel") if importlib.util.find_spec(name) is None)
+ABSENT = next(
+    name
+    for name in ("gradio", "streamlit", "xformers", "decord", "liger_kernel")
+    if importlib.util.find_spec(name) is None
+)
 
 
 @pytest.fixture
 def target(tmp_path, monkeypatch):
-    """import_(text): run text as a module of a target with stand-ins installed; everything is undone afterwards."""
+    """import_(text): run text as a module of a target with stand-ins installed; all is undone afterwards."""
     monkeypatch.setattr(stubs, "settle_transformers", lambda: None)  # seconds, and a test of its own below
     monkeypatch.setattr(importlib.util, "find_spec", importlib.util.find_spec)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
@@ -42,10 +46,17 @@ def target(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("text", [
-    "import ABSENT", "import ABSENT.a.b as c", "from ABSENT import transforms", "from ABSENT.deep.inner import Thing",
-    "from ABSENT import *", "def f():\n    import ABSENT\nf()",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import ABSENT",
+        "import ABSENT.a.b as c",
+        "from ABSENT import transforms",
+        "from ABSENT.deep.inner import Thing",
+        "from ABSENT import *",
+        "def f():\n    import ABSENT\nf()",
+    ],
+)
 def test_the_target_can_import_what_is_not_installed(target, text):
     target(text)
     assert target.used == [ABSENT]
@@ -70,14 +81,22 @@ def test_calling_one_is_a_skip_that_names_the_package(target, use):
         module.f()
 
 
-@pytest.mark.parametrize("guard", ["ImportError", "ModuleNotFoundError", "(ValueError, ImportError)", "Exception", ""])
+@pytest.mark.parametrize(
+    "guard", ["ImportError", "ModuleNotFoundError", "(ValueError, ImportError)", "Exception", ""]
+)
 def test_a_target_that_can_do_without_is_left_to_do_without(target, guard):
-    module = target(f"try:\n    import ABSENT\n    HAS = True\nexcept {guard}:\n    HAS = False\n".replace("except :", "except:"))
+    module = target(
+        f"try:\n    import ABSENT\n    HAS = True\nexcept {guard}:\n    HAS = False\n".replace(
+            "except :", "except:"
+        )
+    )
     assert module.HAS is False and target.used == []
 
 
 def test_a_try_for_something_else_is_no_guard(target):
-    module = target("try:\n    import ABSENT\n    HAS = True\nexcept ValueError:\n    HAS = False\nfinally:\n    pass\n")
+    module = target(
+        "try:\n    import ABSENT\n    HAS = True\nexcept ValueError:\n    HAS = False\nfinally:\n    pass\n"
+    )
     assert module.HAS is True and target.used == [ABSENT]
 
 
@@ -118,15 +137,16 @@ def test_a_submodule_an_installed_package_lacks_stays_missing(target):
         target("import PIL.nowhere_at_all\n")
 
 
-# -- a whole tree ------------------------------------------------------------------------------------------------
+# -- a whole tree --------------------------------------------------------------------------------------------
 
-TRANSFORMERS = '''
+TRANSFORMERS = """
 import torchvision.transforms as transforms
 from torchvision.transforms.functional import resize
 from transformers import AutoTokenizer
 from transformers.utils import is_torchvision_available
 import importlib.util
-print("transformers sees torchvision:", is_torchvision_available(), importlib.util.find_spec("torchvision") is not None)
+found = importlib.util.find_spec("torchvision") is not None
+print("transformers sees torchvision:", is_torchvision_available(), found)
 
 
 def get_tokenizer(name, extra_special_tokens=None, chat_template=None):
@@ -137,14 +157,16 @@ def get_tokenizer(name, extra_special_tokens=None, chat_template=None):
 
 def get_image_processor(max_img_size, splitted_image_size):
     return transforms.Compose([transforms.Resize(max_img_size), transforms.ToTensor()])
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def with_transformers(tmp_path_factory):
     """The main tree with AutoTokenizer and torchvision, which is mentioned before transformers is."""
     pytest.importorskip("transformers")
-    tree = make_tree(tmp_path_factory.mktemp("stubs"), "main", {MODEL: [("import torch\n", "import torch\nimport peft\n")]})
+    tree = make_tree(
+        tmp_path_factory.mktemp("stubs"), "main", {MODEL: [("import torch\n", "import torch\nimport peft\n")]}
+    )
     put(tree / "data/processors.py", TRANSFORMERS)
     for unused in ("datasets", "collators"):
         (tree / f"data/{unused}.py").unlink()

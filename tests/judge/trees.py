@@ -66,6 +66,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return found
 
 
+NESTED = """flat = [picture for row in images for picture in row]
+        return torch.cat(flat) if flat else None"""
+
 # v0.1 once it had a key/value cache: greedy and cached generation on request.
 CACHED_V01 = {
     MODEL: [
@@ -78,23 +81,35 @@ CACHED_V01 = {
     ]
 }
 
-# Pictures as one tensor, labels, a dict of outputs, files beside the code, .item() while building, a frozen config,
-# another place and name for the config, tools imported that are not there.
+# Pictures as one tensor, labels, a dict of outputs, files beside the code, .item() while building, a frozen
+# config under another place and name, tools imported that are not there.
 ODD = {
     MODEL: [
-        ("from models.config import VLMConfig", "import einops\nimport wandb\nfrom configs.config import ModelSettings\n"
-         "from torchvision import transforms\n\nSIDE = open('notes/scale.txt').read().strip()\n"
-         "AUGMENT = transforms.RandomHorizontalFlip"),
+        (
+            "from models.config import VLMConfig",
+            "import einops\nimport wandb\nfrom configs.config import ModelSettings\n"
+            "from torchvision import transforms\n\nSIDE = open('notes/scale.txt').read().strip()\n"
+            "AUGMENT = transforms.RandomHorizontalFlip",
+        ),
         ("config_class = VLMConfig", "config_class = ModelSettings"),
         ("cfg: VLMConfig", "cfg: ModelSettings"),
-        ("        if load_backbone:", "        self.span = self.decoder.embed_tokens.weight.std().item()\n        if load_backbone:"),
-        ("flat = [picture for row in images for picture in row]\n        return torch.cat(flat) if flat else None",
-         "return images if images is None or len(images) else None"),
+        (
+            "        if load_backbone:",
+            "        self.span = self.decoder.embed_tokens.weight.std().item()\n        if load_backbone:",
+        ),
+        (
+            "flat = [picture for row in images for picture in row]\n"
+            "        return torch.cat(flat) if flat else None",
+            "return images if images is None or len(images) else None",
+        ),
         ("targets", "labels"),
         ("return hidden, None", 'return {"logits": self.decoder.head(hidden), "loss": None}'),
-        ("return logits, next_token_loss(logits, labels)", 'return {"logits": logits, "loss": next_token_loss(logits, labels)}'),
+        (
+            "return logits, next_token_loss(logits, labels)",
+            'return {"logits": logits, "loss": next_token_loss(logits, labels)}',
+        ),
     ]
-}  # fmt: skip
+}
 
 
 def make_odd(folder: Path) -> Path:
@@ -110,10 +125,12 @@ PLAIN_CONFIG = '''
 class Config:
     """No dataclass: fields are set while the object is made."""
 
-    def __init__(self, vit_hidden_dim=64, vit_inter_dim=128, vit_patch_size=16, vit_img_size=64, vit_n_heads=4,
-                 vit_n_blocks=3, lm_hidden_dim=96, lm_inter_dim=192, lm_n_heads=4, lm_n_kv_heads=2, lm_n_blocks=3,
-                 lm_vocab_size=338, extra_token_amount=18, mp_pixel_shuffle_factor=2, **more):
-        self.vit_hidden_dim, self.vit_inter_dim, self.vit_patch_size = vit_hidden_dim, vit_inter_dim, vit_patch_size
+    def __init__(self, vit_hidden_dim=64, vit_inter_dim=128, vit_patch_size=16, vit_img_size=64,
+                 vit_n_heads=4, vit_n_blocks=3, lm_hidden_dim=96, lm_inter_dim=192, lm_n_heads=4,
+                 lm_n_kv_heads=2, lm_n_blocks=3, lm_vocab_size=338, extra_token_amount=18,
+                 mp_pixel_shuffle_factor=2, **more):
+        self.vit_hidden_dim, self.vit_inter_dim = vit_hidden_dim, vit_inter_dim
+        self.vit_patch_size = vit_patch_size
         self.vit_img_size, self.vit_n_heads, self.vit_n_blocks = vit_img_size, vit_n_heads, vit_n_blocks
         self.lm_hidden_dim, self.lm_inter_dim, self.lm_n_heads = lm_hidden_dim, lm_inter_dim, lm_n_heads
         self.lm_n_kv_heads, self.lm_n_blocks, self.lm_vocab_size = lm_n_kv_heads, lm_n_blocks, lm_vocab_size
@@ -132,18 +149,30 @@ def make_package(folder: Path) -> Path:
     Its config is no dataclass, its pictures are a list of 3-D tensors, its answer a pair (loss, logits).
     """
     top = folder / "monorepo"
-    make_tree(top / "research" / "vlm", "main", {
-        MODEL: [
-            ("from backbone.", "from ..backbone."), ("from data.", "from ..data."),
-            ("from models.config import VLMConfig", "from .config import Config as VLMConfig"),
-            ("flat = [picture for row in images for picture in row]\n        return torch.cat(flat) if flat else None",
-             "return torch.stack(list(images)) if images else None"),
-            ("return logits, next_token_loss(logits, targets)", "return next_token_loss(logits, targets), logits"),
-        ],
-        "backbone/saving.py": [("import dataclasses", "import dataclasses  # and plain objects")],
-        "data/processors.py": [("from backbone.", "from ..backbone.")],
-        "data/datasets.py": [("from data.", "from .")],
-    }, {CONFIG: PLAIN_CONFIG})  # fmt: skip
+    make_tree(
+        top / "research" / "vlm",
+        "main",
+        {
+            MODEL: [
+                ("from backbone.", "from ..backbone."),
+                ("from data.", "from ..data."),
+                ("from models.config import VLMConfig", "from .config import Config as VLMConfig"),
+                (
+                    "flat = [picture for row in images for picture in row]\n"
+                    "        return torch.cat(flat) if flat else None",
+                    "return torch.stack(list(images)) if images else None",
+                ),
+                (
+                    "return logits, next_token_loss(logits, targets)",
+                    "return next_token_loss(logits, targets), logits",
+                ),
+            ],
+            "backbone/saving.py": [("import dataclasses", "import dataclasses  # and plain objects")],
+            "data/processors.py": [("from backbone.", "from ..backbone.")],
+            "data/datasets.py": [("from data.", "from .")],
+        },
+        {CONFIG: PLAIN_CONFIG},
+    )
     package = top / "research" / "vlm" / "main"
     package = package.rename(package.with_name("smallvlm"))
     for place in (package, *(package / part for part in ("models", "data", "backbone"))):

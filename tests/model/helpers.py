@@ -36,8 +36,12 @@ def scale(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def tiny_model(generation: str = "main", seed: int = 0, **changes) -> VisionLanguageModel:
-    """A tiny model whose logits are of order 1."""
-    return scale(VisionLanguageModel(tiny_config(generation, **changes), load_backbone=False), seed)
+    """A tiny model whose logits are of order 1, and which never writes an image token of its own."""
+    model = scale(VisionLanguageModel(tiny_config(generation, **changes), load_backbone=False), seed)
+    if model.cfg.image_token_id is not None:
+        with torch.no_grad():
+            model.decoder.head.weight[model.cfg.image_token_id] = 0
+    return model
 
 
 def tiles(cfg: VLMConfig, count: int, seed: int = 0) -> Tensor:

@@ -41,8 +41,8 @@ def test_a_preset_answers_offline_and_says_that_its_weights_are_random(picture_f
 
 
 def test_json_is_one_object_and_a_seed_repeats_it(picture_file, capsys):
-    line = ["generate", "--use_preset", "tiny", "--image", picture_file, picture_file, "--generations", 2, "--json",
-            "--max_new_tokens", 6, "--prompt", "two?"]  # fmt: skip
+    line = ["generate", "--use_preset", "tiny", "--image", picture_file, picture_file]
+    line += ["--generations", 2, "--json", "--max_new_tokens", 6, "--prompt", "two?"]
     first = json.loads(run(*line, capsys=capsys)[1])
     assert (
         len(first["generations"]) == 2

@@ -1,4 +1,4 @@
-"""Pictures in their own shape: processor, prompt, mixed sizes in one batch; and encoders mixed with decoders."""
+"""Pictures in their own shape: processor, prompt, mixed sizes in one batch; encoders mixed with decoders."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(request) -> VisionLanguageModel:
 def row(
     model: VisionLanguageModel, text: int, *sizes: tuple[int, int], seed: int = 0
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """(ids, pixel values) of a row with pictures of (rows, columns) tokens each, and ``text`` random bytes."""
+    """(ids, pixel values) of a row with pictures of (rows, columns) tokens, and ``text`` random bytes."""
     cfg = model.cfg
     generator = torch.Generator().manual_seed(seed)
     side = cfg.token_side
@@ -142,10 +142,10 @@ def test_a_batch_of_mixed_sizes_gives_each_row_what_it_has_alone(model, side):
     rows = [row(model, *spec, seed=number) for number, spec in enumerate(ROWS)]
     ids, mask = pad([ids for ids, _ in rows], side)
     together, _ = model(ids, [pixels for _, pixels in rows], mask)
-    assert 0.1 < together.std() < 20
+    size = together.std()  # the tolerance is for outputs of order 1
     for number, (own, pixels) in enumerate(rows):
         alone, _ = model(torch.tensor([own]), [pixels])
-        assert (together[number][mask[number].bool()] - alone[0]).abs().max() <= TOLERANCE
+        assert (together[number][mask[number].bool()] - alone[0]).abs().max() <= TOLERANCE * size
 
 
 def test_a_batch_of_mixed_sizes_generates_what_its_rows_generate(model):
@@ -322,12 +322,13 @@ def test_a_mix_of_unknown_parts_is_told_which_exist():
 
 
 def test_sizes_are_read_from_the_backbones_own_config(tmp_path):
-    base = {"model_type": "dinov2", "hidden_size": 768, "num_attention_heads": 12, "image_size": 518, "patch_size": 14,
-            "mlp_ratio": 4, "num_hidden_layers": 12, "layer_norm_eps": 1e-6}  # fmt: skip
+    base = {
+        "hidden_size": 768, "num_attention_heads": 12, "image_size": 518, "patch_size": 14, "mlp_ratio": 4,
+        "num_hidden_layers": 12, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(base))
     cfg = with_hub_sizes(mix("dinov2", vit_model_type=str(tmp_path)), "vit_model_type")
-    want = mix("dinov2", **DINOV2["base"]).replace(vit_model_type=str(tmp_path))
-    assert cfg == want
+    assert cfg == preset("dinov2_smollm", **{**DINOV2["base"], "vit_model_type": str(tmp_path)})
     with pytest.raises(SourceNotFound, match="absent"):
         with_hub_sizes(mix("dinov2", vit_model_type=str(tmp_path / "absent")), "vit_model_type")
 

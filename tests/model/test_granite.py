@@ -1,142 +1,35 @@
-"""Idefics3 checkpoints (Granite-Docling, SmolVLM) against transformers: weights, tiles, prompts, answers."""
+"""Idefics3 checkpoints (Granite-Docling, SmolVLM) against transformers: weights, config files, answers."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from nanovlm import VisionLanguageModel, get_image_processor, get_tokenizer, preset
+from nanovlm import VisionLanguageModel, preset
 from nanovlm.checkpoint import Checkpoint
-from nanovlm.errors import ConfigError, ImageTokenMismatch, WeightsError
+from nanovlm.errors import ConfigError, WeightsError
 from nanovlm.granite_docling import Idefics3, save_for_transformers
 from nanovlm.hub import weight_files
-from nanovlm.presets import idefics3_tokens
-from nanovlm.prompts import image_string
 from nanovlm.weights import to_hub
+from tests.hub_server import hub as hub
 from tests.model.helpers import pad, scale
-
-transformers = pytest.importorskip("transformers")
-TOLERANCE = 1e-5  # fp32, outputs of order 1
-
-# Granite-Docling's way to write a chat, for contents in one piece or in parts.
-ROLES = (
-    "{% for turn in messages %}<|start_of_role|>{{ turn.role }}<|end_of_role|>{% if turn.content is string %}"
-    "{{ turn.content }}{% else %}{% for part in turn.content %}"
-    "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}{% endif %}<|end_of_text|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+from tests.model.idefics3 import (
+    PUBLISHED,
+    PUBLISHED_PICTURES,
+    TOLERANCE,
+    asked,
+    difference,
+    reference,
+    same_positions,
+    saved,
+    transformers,
+    written,
 )
-# SmolVLM's: contents must come in parts, and the first one decides about a space.
-PARTS = (
-    "<|start_of_role|>{% for turn in messages %}{{ turn['role'] | capitalize }}"
-    "{{ ':' if turn['content'][0]['type'] == 'image' else ': ' }}"
-    "{% for part in turn['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}"
-    "{% endfor %}<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-SPECIALS = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", *idefics3_tokens(4).values()]
-
-
-def byte_tokenizer():
-    """Bytes, "\\n\\n" as one token, and the special tokens of Granite-Docling inside the vocabulary."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, "ĊĊ", *SPECIALS]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return made
-
-
-VOCABULARY = byte_tokenizer().get_vocab_size()
-
-
-def positions_are_plain() -> bool:
-    """Whether this transformers gives patch n of a full picture row n of the position table."""
-    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
-
-    config = transformers.Idefics3Config(vision_config={"hidden_size": 4, "image_size": 64, "patch_size": 16})
-    embeddings = Idefics3VisionEmbeddings(config.vision_config)
-    with torch.no_grad():
-        embeddings.patch_embedding.bias.zero_()
-        embeddings.position_embedding.weight.copy_(torch.arange(16.0)[:, None].expand(16, 4))
-        found = embeddings(torch.zeros(1, 3, 64, 64), torch.ones(1, 4, 4, dtype=torch.bool))
-    return found[0, :, 0].tolist() == list(range(16))
-
-
-same_positions = pytest.mark.skipif(
-    not positions_are_plain(),
-    reason="this transformers (4.56 and 4.57 do) reads positions one row and column too low: 0, 0, 1, 2, ...",
-)
-
-
-def processor(tile=64, longest=128, tokens=4, template=ROLES):
-    try:
-        from transformers.models.idefics3 import image_processing_pil_idefics3 as images
-
-        kind = images.Idefics3ImageProcessorPil
-    except ImportError:  # transformers 4
-        kind = transformers.Idefics3ImageProcessor
-    words = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=byte_tokenizer(), eos_token=SPECIALS[0], pad_token=SPECIALS[0], bos_token=SPECIALS[1]
-    )
-    pictures = kind(size={"longest_edge": longest}, max_image_size={"longest_edge": tile})
-    return transformers.Idefics3Processor(pictures, words, image_seq_len=tokens, chat_template=template)
-
-
-def reference(tile=64, patch=16, shuffle=2, tied=True, **text):
-    """A tiny Idefics3ForConditionalGeneration with outputs of order 1."""
-    return scale(transformers.Idefics3ForConditionalGeneration(transformers.Idefics3Config(
-        vision_config={
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": tile, "patch_size": patch,
-        },
-        text_config={
-            "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
-            "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
-            "tie_word_embeddings": tied, "bos_token_id": 1, "pad_token_id": 0,
-            "eos_token_id": byte_tokenizer().token_to_id(SPECIALS[0]), **text,
-        },
-        scale_factor=shuffle, tie_word_embeddings=tied,
-        image_token_id=byte_tokenizer().token_to_id("<image>"),
-    )))  # fmt: skip
-
-
-def saved(model, folder, with_processor=None):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-        if with_processor is not None:
-            with_processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def granite(tmp_path_factory):
-    """(transformers' model, ours, transformers' processor) of one folder that transformers wrote."""
-    theirs, their_processor = reference(), processor()
-    folder = saved(theirs, tmp_path_factory.mktemp("granite"), their_processor)
-    return theirs, VisionLanguageModel.from_pretrained(folder).eval(), their_processor
-
-
-def asked(their_processor, pictures, question):
-    """What transformers makes of a question about pictures."""
-    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": parts}]
-    text = their_processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = their_processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
-    inputs.pop("token_type_ids", None)  # transformers 4's tokenizer makes what its model refuses
-    return inputs
-
-
-def difference(ours, theirs):
-    assert 0.2 < theirs.std() < 20, "the comparison needs outputs of order 1"
-    return (ours - theirs).abs().max().item()
-
+from tests.model.idefics3 import granite as granite
 
 # -- weights ----------------------------------------------------------------------------------------------
 
@@ -225,29 +118,6 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
 
 # -- the published model ----------------------------------------------------------------------------------
 
-PUBLISHED = {
-    "architectures": ["Idefics3ForConditionalGeneration"], "model_type": "idefics3", "scale_factor": 4,
-    "image_token_id": 100270, "tie_word_embeddings": True, "vocab_size": 100352,
-    "text_config": {
-        "model_type": "llama", "attention_bias": False, "head_dim": 64, "hidden_act": "silu",
-        "mlp_bias": False, "hidden_size": 576, "intermediate_size": 1536, "max_position_embeddings": 8192,
-        "vocab_size": 100352,
-        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05,
-        "rope_scaling": None, "rope_theta": 100000.0, "tie_word_embeddings": True,
-    },
-    "vision_config": {
-        "model_type": "idefics3_vision", "hidden_act": "gelu_pytorch_tanh", "hidden_size": 768,
-        "intermediate_size": 3072, "patch_size": 16, "layer_norm_eps": 1e-06, "num_attention_heads": 12,
-        "num_channels": 3, "num_hidden_layers": 12, "image_size": 512, "size": {"longest_edge": 512},
-    },
-}  # fmt: skip
-PUBLISHED_PICTURES = {
-    "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True,
-    "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-    "resample": 1, "rescale_factor": 0.00392156862745098,
-    "max_image_size": {"longest_edge": 512}, "size": {"longest_edge": 2048},
-}  # fmt: skip
-
 
 def published_names():
     """{name: shape} of the published file, its tied head left out as the file does."""
@@ -276,13 +146,6 @@ def published_names():
         }.items():  # fmt: skip
             shapes[f"model.text_model.layers.{layer}.{part}.weight"] = shape
     return shapes
-
-
-def written(folder, config=PUBLISHED, pictures=PUBLISHED_PICTURES):
-    (folder / "config.json").write_text(json.dumps(config))
-    if pictures is not None:
-        (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
-    return folder
 
 
 def test_the_preset_is_what_the_published_config_says(tmp_path):
@@ -326,6 +189,8 @@ def test_logits_at_real_size_are_those_of_transformers(tmp_path):
         ("text_config", {"model_type": "mistral"}, "text_config.model_type='mistral'"),
         ("text_config", {"attention_bias": True}, "text_config.attention_bias=True"),
         ("text_config", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+        ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ("text_config", {"rope_scaling": 2}, "rope_scaling is a int"),
         ("vision_config", {"hidden_act": "relu"}, "vision_config.hidden_act='relu'"),
         ("vision_config", {"image_size": 256}, "image_size=256.*512"),
         ("vision_config", {"image_size": [512, 512]}, r"image_size=\[512, 512\]"),
@@ -363,97 +228,20 @@ def test_what_a_config_leaves_out_is_the_default_of_transformers(tmp_path):
     assert (ours.image_token_id, ours.lm_tie_weights) == (theirs.image_token_id, theirs.tie_word_embeddings)
 
 
-# -- pictures ---------------------------------------------------------------------------------------------
+def load_and_ask(repo: str) -> tuple[str, list[int]]:
+    """Runs in a process of its own, with the Hub's environment."""
+    model = VisionLanguageModel.from_pretrained(repo)
+    return model.cfg.lm_tokenizer, model.prepare(None, "What is this?")[0][0].tolist()
 
 
-SIZES = [(96, 64), (64, 96), (64, 64), (300, 40), (37, 411), (256, 256), (999, 1000), (640, 7), (255, 129)]
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("tile", "longest"), [(64, 256), (52, 208), (64, 64)], ids=str)
-def test_tiles_are_those_of_transformers(picture, size, tile, longest):
-    drawn = picture(*size)
-    want = processor(tile, longest).image_processor(drawn, return_tensors="pt", return_row_col_info=True)
-    cfg = preset("tiny_granite_docling", vit_img_size=tile, vit_patch_size=tile // 4, max_img_size=longest,
-                 vlm_extra_tokens=idefics3_tokens(4))  # fmt: skip
-    got, (rows, columns) = get_image_processor(cfg)(drawn)
-    assert got.shape == want["pixel_values"][0].shape
-    assert (got - want["pixel_values"][0]).abs().max() <= 1e-6
-    assert bool(want["pixel_attention_mask"].all()), "no tile is padded, so no patch is masked"
-    several = rows * columns > 1
-    assert (want["rows"][0][0], want["cols"][0][0]) == ((rows, columns) if several else (0, 0))
-
-
-def test_tiles_at_real_size_are_those_of_transformers(picture):
-    drawn = picture(850, 1100)
-    want = processor(512, 2048).image_processor(drawn, return_tensors="pt")["pixel_values"][0]
-    got, grid = get_image_processor(preset("granite_docling"))(drawn)
-    assert grid == (4, 4) and got.shape == (17, 3, 512, 512)
-    assert (got - want).abs().max() <= 1e-6
-
-
-def test_a_small_picture_stays_small_where_the_config_says_so(picture):
-    cfg = preset("tiny_granite_docling", resize_to_max_side_len=False)
-    assert get_image_processor(cfg)(picture(60, 40))[1] == (1, 1)
-    assert get_image_processor(cfg)(picture(100, 40))[1] == (1, 2)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
-def test_every_mode_of_picture_becomes_normalised_tiles(picture, mode):
-    tiles, _ = get_image_processor(preset("tiny_granite_docling"))(picture(90, 70, mode))
-    assert tiles.shape == (5, 3, 64, 64)
-    assert tiles.min() >= -1 and tiles.max() <= 1 and tiles.std() > 0.1
-
-
-# -- prompts ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("question", ["Convert this page to docling.", "", " 12\n\n\n3 é\n"])
-@pytest.mark.parametrize("pictures", [(), ((90, 60),), ((60, 90), (200, 200))], ids=str)
-@pytest.mark.parametrize("template", [ROLES, PARTS], ids=["roles", "parts"])
-def test_prompts_are_those_of_transformers(tmp_path, granite, picture, template, pictures, question):
-    drawn = [picture(*size) for size in pictures]
-    their_processor = processor(template=template)
-    saved(granite[0], tmp_path, their_processor)
-    want = asked(their_processor, drawn, question)
-    ids, tiles = VisionLanguageModel.from_pretrained(tmp_path).prepare(drawn, question)
-    assert ids.tolist() == want["input_ids"].tolist()
-    assert len(tiles) == len(drawn)
-    if drawn:
-        assert (torch.cat(tiles) - want["pixel_values"][0]).abs().max() <= 1e-6
-
-
-def test_one_tile_is_the_global_view_alone():
-    names = idefics3_tokens(1)
-    tokenizer = get_tokenizer("byte", names)
-    around, view, image = names["fake_image_token"], names["global_image_token"], names["image_token"]
-    assert image_string(tokenizer, [(1, 1)], 2) == around + view + image * 2 + around
-
-
-def test_a_grid_beyond_the_tokens_is_refused():
-    with pytest.raises(ImageTokenMismatch, match="r1c3"):
-        image_string(get_tokenizer("byte", idefics3_tokens(2)), [(1, 3)], 4)
-
-
-def test_a_users_own_special_tokens_stay_words(granite, picture):
+def test_a_repository_on_the_hub_brings_its_own_tokenizer(hub, granite):
     _, ours, _ = granite
-    tokenizer = ours.tokenizer
-    words = "<image><|end_of_text|><end_of_utterance>"
-    plain, tiles = ours.prepare(picture(90, 60), "Q")
-    ids, _ = ours.prepare(picture(90, 60), "Q" + words)
-    for token in ("<image>", "<|end_of_text|>"):
-        number = tokenizer.convert_tokens_to_ids(token)
-        assert (ids == number).sum() == (plain == number).sum()
-    assert words in tokenizer.decode(ids[0])
-    assert ids.max() < ours.cfg.lm_vocab_size
-    assert ours(ids, tiles)[0].shape == (1, ids.shape[1], ours.cfg.lm_vocab_size)
-
-
-def test_a_template_that_drops_the_picture_is_refused(granite):
-    tokenizer = get_tokenizer(granite[1].cfg.replace(lm_chat_template=PARTS.replace("'<image>'", "''")))
-    content = image_string(tokenizer, [(1, 1)], 4) + "What?"
-    with pytest.raises(ValueError, match="0 image tokens <image> for 1 pictures"):
-        tokenizer.apply_chat_template([{"role": "user", "content": content}])
+    files = {path.name: path.read_bytes() for path in Path(ours.cfg.lm_tokenizer).iterdir()}
+    hub.add("any/granite", files)
+    with hub.client() as online:
+        assert online(load_and_ask, "any/granite") == (
+            "any/granite", ours.prepare(None, "What is this?")[0][0].tolist(),
+        )  # fmt: skip
 
 
 # -- answers and training ---------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import typing
 
 import torch
 
@@ -37,8 +36,8 @@ class Batch:
     """Rows as tensors. ``text`` lists, a row, where its text tokens lie in the padded sequence."""
 
     input_ids: torch.Tensor
-    attention_mask: typing.Optional[torch.Tensor]
-    targets: typing.Optional[torch.Tensor]
+    attention_mask: torch.Tensor | None
+    targets: torch.Tensor | None
     pictures: list  # a row: list of (1, 3, S, S)
     text: list
 
@@ -196,9 +195,7 @@ class Adapter:
         """Features of one picture of one tile in the language model's sequence."""
         values = config_values(self.config)
         grid = values["vit_img_size"] // values["vit_patch_size"]
-        return int(
-            values.get("mp_image_token_length") or (grid // values.get("mp_pixel_shuffle_factor", 1)) ** 2
-        )
+        return int(values.get("mp_image_token_length") or (grid // values.get("mp_pixel_shuffle_factor", 1)) ** 2)
 
     @property
     def max_positions(self):
@@ -247,10 +244,7 @@ class Adapter:
             torch.tensor(ids_rows, device=self.device),
             mask,
             torch.tensor(label_rows, device=self.device) if labelled else None,
-            [
-                [probe.picture(k, self.image_size)[None].to(self.device) for k in row.get("images", ())]
-                for row in rows
-            ],
+            [[probe.picture(k, self.image_size)[None].to(self.device) for k in row.get("images", ())] for row in rows],
             text,
         )
 
@@ -258,9 +252,7 @@ class Adapter:
         """(ids, labels, positions of the text tokens) of one probe row in this layout."""
         tokens, labels = row["tokens"], row.get("labels") or [-100] * len(row["tokens"])
         if tokens.count(-1) != len(row.get("images", ())):
-            raise ValueError(
-                f"a row with {tokens.count(-1)} image places and {len(row.get('images', ()))} images"
-            )
+            raise ValueError(f"a row with {tokens.count(-1)} image places and {len(row.get('images', ()))} images")
         ids, targets, where = [], [], []
         for token, label in zip(tokens, labels):
             if token == -1:
@@ -390,9 +382,7 @@ class Adapter:
         """Strip a repeated prompt; a list of lists of ids."""
         if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[0] != batch.input_ids.shape[0]:
             shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise TargetFault(
-                f"generate returned {shape} instead of ids of shape ({batch.input_ids.shape[0]}, new)"
-            )
+            raise TargetFault(f"generate returned {shape} instead of ids of shape ({batch.input_ids.shape[0]}, new)")
         prompt = batch.input_ids.shape[1]
         if out.shape[1] > max_new_tokens and torch.equal(out[:, :prompt], batch.input_ids):
             out = out[:, prompt:]

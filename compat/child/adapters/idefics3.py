@@ -25,13 +25,9 @@ class Adapter(Base):
         arguments = super().arguments(batch, method, form)
         taken = signature_names(getattr(self.subject.model_class, method))
         most = max((len(row) for row in batch.pictures), default=0)
-        shown = torch.tensor(
-            [[i < len(row) for i in range(most)] for row in batch.pictures], device=self.device
-        )
+        shown = torch.tensor([[i < len(row) for i in range(most)] for row in batch.pictures], device=self.device)
         if most and "pixel_attention_mask" in taken:
-            arguments["pixel_attention_mask"] = shown[:, :, None, None].expand(
-                -1, -1, self.image_size, self.image_size
-            )
+            arguments["pixel_attention_mask"] = shown[:, :, None, None].expand(-1, -1, self.image_size, self.image_size)
         grid = self.parameter_of(method, ("image_grid_thw", "image_grid_hws", "image_grid", "grid"))
         if most and grid:
             cell = torch.tensor([1, 1, 1] if grid == "image_grid_thw" else [1, 1], device=self.device)

@@ -14,10 +14,7 @@ class Adapter(Base):
 
     @classmethod
     def speaks(cls, subject):
-        return (
-            "images" in signature_names(subject.model_class.forward)
-            and subject.function("preset") is not None
-        )
+        return "images" in signature_names(subject.model_class.forward) and subject.function("preset") is not None
 
     def check_combo(self):
         if not self.combo.get("preset"):

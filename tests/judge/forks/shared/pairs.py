@@ -13,8 +13,11 @@ class VQADataset:
     def __getitem__(self, index):
         row = self.dataset[index]
         turn = row["texts"][0]
-        return {"image": self.image_processor(row["images"][0]), "text_data": f"Question: {turn['user']} Answer: ",
-                "answer": turn["assistant"] + self.tokenizer.eos_token}  # fmt: skip
+        return {
+            "image": self.image_processor(row["images"][0]),
+            "text_data": f"Question: {turn['user']} Answer: ",
+            "answer": turn["assistant"] + self.tokenizer.eos_token,
+        }
 
 
 class VQACollator:
@@ -29,8 +32,11 @@ class VQACollator:
             space = self.max_length - len(question) - len(answer)
             ids.append([self.tokenizer.pad_token_id] * space + question + answer)
             labels.append([-100] * (space + len(question) - 1) + answer + [-100])
-        return {"image": torch.stack([row["image"] for row in rows]), "input_ids": torch.tensor(ids),
-                "labels": torch.tensor(labels)}  # fmt: skip
+        return {
+            "image": torch.stack([row["image"] for row in rows]),
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+        }
 
 
 def fixed_size(size):

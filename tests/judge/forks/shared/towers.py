@@ -1,4 +1,4 @@
-"""Vision and language towers of every tree: plain pre-norm transformers, parts named as the Hub's files name them.
+"""Vision and language towers of every tree: plain pre-norm transformers, named as the Hub's files name them.
 
 Unusual: positions come from the mask and padding is never attended to, so padded rows equal themselves.
 Shapes: B rows, T tokens, D width, H heads, S keys seen so far.
@@ -132,7 +132,7 @@ class Projector(nn.Module):
 
 
 def load(tower, repository):
-    """Fill a tower from the repository's model.safetensors; rows beyond the file's vocabulary stay as they are."""
+    """Fill a tower from a repository's model.safetensors; rows beyond its vocabulary stay as they are."""
     held = tower.state_dict()
     for key, tensor in load_file(hf_hub_download(repository, "model.safetensors")).items():
         for part in ("vision_model.", "embeddings.", "encoder.", "model.", "mlp."):

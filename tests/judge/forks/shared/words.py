@@ -1,4 +1,4 @@
-"""A tokenizer of a few lines over tokenizer.json from the Hub; no transformers, so that a tree starts quickly."""
+"""A tokenizer of a few lines over tokenizer.json from the Hub; no transformers, so a tree starts quickly."""
 
 import tokenizers
 from huggingface_hub import hf_hub_download

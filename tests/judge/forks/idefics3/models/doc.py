@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-
 from backbone.saving import Saved
 from backbone.towers import Projector, Text, Vision, after_end, drawn, likeliest, next_token_loss, write
 from backbone.words import Words
 from models.config import DocConfig
+from torch import nn
 
 
 @dataclass
@@ -48,8 +47,15 @@ class DocForConditionalGeneration(Saved, nn.Module):
         logits = self.text_model.head(hidden)
         return Output(None if labels is None else next_token_loss(logits, labels), logits)
 
-    def generate(self, input_ids, pixel_values=None, attention_mask=None, image_grid=None, max_new_tokens=20,
-                 do_sample=False):  # fmt: skip
+    def generate(
+        self,
+        input_ids,
+        pixel_values=None,
+        attention_mask=None,
+        image_grid=None,
+        max_new_tokens=20,
+        do_sample=False,
+    ):
         """Prompt and answer together, as transformers gives them back."""
         embeds = self._embeds(input_ids, pixel_values, image_grid)
         ids = write(

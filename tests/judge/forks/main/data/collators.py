@@ -14,5 +14,9 @@ class VQACollator:
 
         ids = padded("input_ids", self.tokenizer.pad_token_id)
         mask = torch.tensor([[0] * (longest - len(r["input_ids"])) + [1] * len(r["input_ids"]) for r in rows])
-        return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", -100),
-                "images": [row["images"] for row in rows]}  # fmt: skip
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": padded("labels", -100),
+            "images": [row["images"] for row in rows],
+        }

@@ -13,9 +13,12 @@ class VQADataset:
         ids, labels = [], []
         for turn in row["texts"]:
             user, assistant, opening = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": words + turn["user"]}, {"role": "assistant", "content": turn["assistant"]},
-                 {"role": "assistant", "content": ""}]
-            )  # fmt: skip
+                [
+                    {"role": "user", "content": words + turn["user"]},
+                    {"role": "assistant", "content": turn["assistant"]},
+                    {"role": "assistant", "content": ""},
+                ]
+            )
             words = ""
             front = len(opening) - len(self.tokenizer.encode("<|im_end|>\n"))
             ids += user + assistant

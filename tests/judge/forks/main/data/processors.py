@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from numpy import asarray
-
 from backbone.words import Words
+from numpy import asarray
 
 
 class ChatWords(Words):
@@ -24,7 +23,7 @@ def get_image_processor(max_img_size, splitted_image_size):
     side = splitted_image_size
 
     def process(picture):
-        """PIL picture -> tiles (N, 3, side, side), the whole first if there are several, and (rows, columns)."""
+        """PIL picture -> tiles (N, 3, side, side), the whole first if several, and (rows, columns)."""
         rows = max(1, min(picture.height, max_img_size) // side)
         columns = max(1, min(picture.width, max_img_size) // side)
         pixels = torch.tensor(asarray(picture)).permute(2, 0, 1)[None] / 255

@@ -1,11 +1,10 @@
 """Features stand in front of the text; generation draws, and reads everything again for each token."""
 
 import torch
-from torch import nn
-
 from backbone.saving import Saved
 from backbone.towers import Projector, Text, Vision, drawn, load, next_token_loss, write
 from models.config import VLMConfig
+from torch import nn
 
 
 class VisionLanguageModel(Saved, nn.Module):

@@ -1,11 +1,10 @@
 """One picture a row, its features where the text holds image tokens."""
 
-from torch import nn
-
 from backbone.saving import Saved
 from backbone.towers import Projector, Text, Vision, after_end, drawn, likeliest, load, next_token_loss, write
 from data.processors import get_tokenizer
 from models.config import VLMConfig
+from torch import nn
 
 
 class VisionLanguageModel(Saved, nn.Module):
