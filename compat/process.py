@@ -151,6 +151,9 @@ class Child:
             str(question_read),
             str(answer_write),
         ]
+        environment = scrubbed_environment(Path(self._home.name))
+        if self.scale == "tiny":  # waking a second thread costs a tiny model more than half of its work
+            environment["OMP_NUM_THREADS"] = "1"
         try:
             self._process = subprocess.Popen(
                 command,

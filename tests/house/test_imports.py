@@ -13,12 +13,13 @@ import pytest
 
 from tests.house.tree import ROOT
 
-PLAIN = {"config", "errors", "registry", "presets"}  # read by everything, so nothing but the standard library
+PLAIN = {"config", "checks", "errors", "registry", "presets"}  # read by everything, so nothing but the standard library
 LAST = {"train", "evaluate", "measure"}
 
 # module of nanovlm, or folder -> the modules of nanovlm it may import; what is not named here is free
 MAY_IMPORT = {
     "config": PLAIN,
+    "checks": PLAIN,
     "errors": PLAIN,
     "registry": PLAIN,
     "presets": PLAIN,

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from compat.child import protocol
-from compat.process import Child, CouldNotAsk, sandbox, scrubbed_environment
+from compat.process import Child, ChildFailed, CouldNotAsk, sandbox, scrubbed_environment
 from compat.target import resolve
 from tests.judge.trees import COMBO, MODEL, fingerprint, make_tree, put
 
@@ -124,9 +125,7 @@ def test_the_target_runs_in_its_checkout_and_leaves_it_as_it_was(seen):
 
 def test_the_judge_lends_the_target_none_of_its_modules(seen):
     project = str(Path(__file__).parents[2])
-    assert project not in seen["path"] and not any(
-        entry.startswith(project + os.sep) for entry in seen["path"]
-    )
+    assert project not in seen["path"] and not any(entry.startswith(project + os.sep) for entry in seen["path"])
     assert {"compat", "pytest", "rich", "protocol", "worker"}.isdisjoint(seen["modules"])
     assert str(seen["lent"]) in seen["path"]  # what else PYTHONPATH names is the user's wish
     assert seen["environment"]["PYTHONPATH"] == str(seen["lent"])
@@ -221,14 +220,9 @@ def other_interpreters() -> list[str]:
     beside = [str(folder) for folder in Path(sys.base_prefix).parent.glob("*/bin")]
     found = []
     for minor in range(9, 16):
-        for folder in (
-            [*os.environ["PATH"].split(os.pathsep), *beside] if minor != sys.version_info[1] else []
-        ):
+        for folder in [*os.environ["PATH"].split(os.pathsep), *beside] if minor != sys.version_info[1] else []:
             path = Path(folder) / f"python3.{minor}"
-            if (
-                path.is_file()
-                and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
-            ):
+            if path.is_file() and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
                 found.append(str(path))
                 break
     return found
@@ -240,8 +234,7 @@ def test_the_child_speaks_the_syntax_of_older_and_newer_pythons():
         pytest.skip("no other Python from 3.9 on is at hand")
     child = Path(protocol.__file__).parent
     check = (
-        "import ast, pathlib, sys\n"
-        "for p in pathlib.Path(sys.argv[1]).rglob('*.py'): ast.parse(p.read_text('utf-8'))"
+        "import ast, pathlib, sys\nfor p in pathlib.Path(sys.argv[1]).rglob('*.py'): ast.parse(p.read_text('utf-8'))"
     )
     for python in others:
         done = subprocess.run([python, "-c", check, str(child)], capture_output=True, text=True, check=False)
@@ -256,9 +249,7 @@ def test_another_interpreter_answers_for_itself(tmp_path):
         # Without torch there, discovery still runs and says what is missing, in that interpreter's words.
         with Child(resolve(str(tmp_path)), python=python) as child, pytest.raises(CouldNotAsk) as caught:
             child.ask("describe", combo=COMBO)
-        assert str(caught.value).startswith("this folder holds no nanoVLM-style model"), (
-            f"{python}: {caught.value}"
-        )
+        assert str(caught.value).startswith("this folder holds no nanoVLM-style model"), f"{python}: {caught.value}"
 
 
 # -- the sandbox ---------------------------------------------------------------------------------------------
@@ -289,20 +280,31 @@ def test_the_sandbox_passes_exit_codes_on_and_cuts_the_network(monkeypatch):
     assert shown.strip() == "['lo']"
 
 
-def test_without_a_sandbox_a_target_is_judged_all_the_same(tmp_path, monkeypatch):
+LEAVES_A_CHILD = """
+        import os, time
+        if os.fork() == 0:
+            while True:
+                open({beat!r}, "a").write("x"); time.sleep(0.02)
+        while not os.path.exists({beat!r}): time.sleep(0.02)
+        os._exit(3)
+"""
+
+
+def test_without_a_sandbox_a_target_is_judged_and_its_children_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPAT_SANDBOX", "none")
     sandbox.cache_clear()
-    row = {"tokens": [-1, 40, 41], "images": [0]}
-    tree = make_tree(
-        tmp_path,
-        "main",
-        {MODEL: [("        pick = likeliest", "        import os; os._exit(3)\n        pick = likeliest")]},
-    )
+    row, beat = {"tokens": [-1, 40, 41], "images": [0]}, tmp_path / "beat"
+    before = "        pick = likeliest"
+    changes = {MODEL: [(before, LEAVES_A_CHILD.format(beat=str(beat)) + before)]}
     try:
-        with Child(resolve(str(tree))) as child:
+        with Child(resolve(str(make_tree(tmp_path, "main", changes)))) as child:
             assert child.ask("forward", combo=COMBO, rows=[row])["logits.0"].shape == (2, 338)
-            with pytest.raises(Exception, match="ended with exit code 3 while answering 'generate'"):
+            with pytest.raises(ChildFailed, match="ended with exit code 3 while answering 'generate'"):
                 child.ask("generate", combo=COMBO, rows=[row], max_new_tokens=1)
+            time.sleep(0.1)
+            size = beat.stat().st_size
+            time.sleep(0.3)
+            assert beat.stat().st_size == size
     finally:
         sandbox.cache_clear()
 
