@@ -74,6 +74,8 @@ def _files_of(private: Path, commit: str) -> tuple[Path, tuple[str, ...]]:
     """(folder, missing paths) of a commit's files in the cache."""
     tree = _git(private, "rev-parse", "--verify", f"{commit}^{{tree}}").strip()
     target = cache_folder() / "trees" / tree
+    if _touched(target):
+        shutil.rmtree(target)
     if not (target / ".complete").exists():
         _extract(private, commit, target)
     missing = _read_missing(target)
@@ -82,6 +84,16 @@ def _files_of(private: Path, commit: str) -> tuple[Path, tuple[str, ...]]:
         missing = _write_files(private, entries, target / "files")
         _write_missing(target, missing)
     return target / "files", missing
+
+
+def _touched(target: Path) -> bool:
+    """Whether a target that ran there before wrote into its own files: the next run gets the commit's."""
+    try:
+        written = (target / ".complete").stat().st_ctime_ns  # always written last
+    except FileNotFoundError:
+        return False
+    every = (Path(at, name) for at, folders, files in os.walk(target / "files") for name in [".", *folders, *files])
+    return any(path.lstat().st_ctime_ns > written for path in every)
 
 
 def repository(folder: Path) -> Path | None:

@@ -54,9 +54,7 @@ class Checkpoint:
             entries, metadata = read_header(path)
             for name, entry in entries.items():
                 if name in self.entries:
-                    raise WeightsError(
-                        f"{name} is in two files: {self.entries[name].path.name} and {path.name}"
-                    )
+                    raise WeightsError(f"{name} is in two files: {self.entries[name].path.name} and {path.name}")
                 self.entries[name] = entry
             self.metadata.update(metadata)
 
@@ -71,7 +69,7 @@ class Checkpoint:
         tensor = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
         with open(entry.path, "rb", buffering=0) as file:
             file.seek(entry.start)
-            view = memoryview(tensor.view(torch.uint8).numpy())
+            view = tensor.view(torch.uint8).numpy().data
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])
@@ -91,9 +89,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise WeightsError(
-                    f"{path}: {size} bytes with a header of {length}: truncated, or no safetensors file"
-                )
+                raise WeightsError(f"{path}: {size} bytes with a header of {length}: truncated, or no safetensors file")
             raw = file.read(length)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
@@ -125,9 +121,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             )
         at, last = ends[name], name
     if at != size:
-        raise WeightsError(
-            f"{path}: the header describes {at} bytes, the file has {size}; was the download cut off?"
-        )
+        raise WeightsError(f"{path}: the header describes {at} bytes, the file has {size}; was the download cut off?")
     return entries, metadata
 
 
@@ -141,9 +135,7 @@ def _claim(path: Path, name: str, claim: Any) -> tuple[torch.dtype, list[int], i
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
-        raise WeightsError(
-            f"{path}: the entry of {name} is malformed; expected dtype, shape and data_offsets"
-        )
+        raise WeightsError(f"{path}: the entry of {name} is malformed; expected dtype, shape and data_offsets")
     if code not in DTYPES:
         raise WeightsError(f"{path}: {name} has dtype {code}; these can be read: {', '.join(DTYPES)}")
     return DTYPES[code], shape, begin, end
@@ -153,9 +145,7 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise WeightsError(
-            f"{path}: {next(n for n in names if names.count(n) > 1)} appears twice in the header"
-        )
+        raise WeightsError(f"{path}: {next(n for n in names if names.count(n) > 1)} appears twice in the header")
     return found
 
 

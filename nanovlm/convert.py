@@ -89,9 +89,7 @@ def _unpickle(file: Path) -> Any:
     try:
         mapped = zipfile.is_zipfile(file)
         if mapped and any(part.compress_type for part in zipfile.ZipFile(file).infolist()):
-            raise WeightsError(
-                f"{file} is compressed: it may unpack to any size, and torch.save makes no such"
-            )
+            raise WeightsError(f"{file} is compressed: it may unpack to any size, and torch.save makes no such")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except WeightsError:
         raise

@@ -93,9 +93,7 @@ def weight_files(source: str | os.PathLike, *, revision: str | None = None) -> l
     paths = []
     for name in sorted(set(names.values())):
         if re.search(r"[/\\\0]", name) or not name.endswith(".safetensors"):
-            raise WeightsError(
-                f"{index} names the shard {name!r}; expected a safetensors file in the same folder"
-            )
+            raise WeightsError(f"{index} names the shard {name!r}; expected a safetensors file in the same folder")
         shard = _look(source, name, revision)
         if isinstance(shard, Missing):
             raise SourceNotFound(f"{index} names the shard {name}, but {shard.reason}")
@@ -179,9 +177,10 @@ def create(repository: str, private: bool) -> str:
     """Make a repository unless it exists; its full name. Raises UploadError."""
     from huggingface_hub import create_repo, errors
 
+    refusals: tuple[type[Exception], ...] = (errors.HFValidationError, *_transport_errors())
     try:
         return create_repo(repository, private=private, exist_ok=True).repo_id
-    except (errors.HFValidationError, *_transport_errors()) as error:
+    except refusals as error:
         raise UploadError(_of_upload(repository, error)) from None
 
 
@@ -190,7 +189,7 @@ def upload(folder: str | os.PathLike, repository: str, message: str) -> str:
     from huggingface_hub import upload_folder
 
     try:
-        return str(upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+        return str(upload_folder(repo_id=repository, folder_path=Path(folder), commit_message=message))
     except _transport_errors() as error:
         raise UploadError(_of_upload(repository, error)) from None
 

@@ -129,20 +129,18 @@ class Tiles:
         picture = to_rgb(picture)
         size = self.resized_size(*picture.size)
         rows, columns = size[1] // self.side, size[0] // self.side
-        colours = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BICUBIC))).unbind(-1)
+        resized = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BICUBIC)))
         first = int(self.global_view and rows * columns > 1)
-        tiles = torch.empty(first + rows * columns, 3, self.side, self.side)
+        tiles = empty(first + rows * columns, 3, self.side, self.side)
         cells = tiles[first:].view(rows, columns, 3, self.side, self.side)
-        # a colour at a time into the tiles: a float copy of the whole picture costs more in fresh memory
-        # than everything else that happens to it after the resize
-        for number, colour in enumerate(colours):
-            pixels = colour.float().div_(255)
-            cells[:, :, number] = pixels.view(rows, self.side, columns, self.side).transpose(1, 2)
+        pixels = empty(size[1], size[0])
+        for colour, whole in enumerate(resized.permute(2, 0, 1).contiguous()):
+            pixels.copy_(whole).div_(255)
+            cells[:, :, colour] = pixels.view(rows, self.side, columns, self.side).transpose(1, 2)
             if first:
-                view = F.interpolate(
+                tiles[0, colour] = F.interpolate(
                     pixels[None, None], size=(self.side, self.side), mode="bilinear", antialias=True
-                )
-                tiles[0, number] = view[0, 0]
+                )[0, 0]
         return tiles, (rows, columns)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
@@ -209,7 +207,17 @@ def _from_deep_grey(picture: Image.Image) -> Image.Image:
 
 def to_tensor(picture: Image.Image) -> Tensor:
     """An RGB picture -> float32 (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div_(255)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return empty(*pixels.shape).copy_(pixels).div_(255)
+
+
+def empty(*shape: int) -> Tensor:
+    """A float32 tensor with nothing in it yet.
+
+    numpy takes large arrays in huge pages, torch does not, and getting 50 MB of tiles page by page takes
+    longer than everything but the resize that happens to them.
+    """
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:

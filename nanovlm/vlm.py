@@ -63,7 +63,7 @@ class VisionLanguageModel(nn.Module):
 
         images: None, tiles (N, 3, S, S), a list of tiles or of stacks of them, or one such list a row.
         attention_mask (B, T): 0 at padding, on any side. targets (B, T): the next id of each position, -100
-        where none counts; they are shifted already, as upstream's collator does.
+        where none counts; they are shifted already, as upstream's dataset does.
 
         Without targets: logits (B, T, V), of the text alone even where features stand before it; and None.
         With targets: logits (n_labelled, V) in the order of ``targets[targets != -100]``; and the mean loss.

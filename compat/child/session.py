@@ -394,6 +394,8 @@ class Session:
             import tokenizers
 
             reference = tokenizers.Tokenizer.from_str(dumps(hub.tokenizer_files()["tokenizer.json"]))
+            if not same_vocabulary(encoder, reference, texts):
+                reference = None
         ids = [list(map(int, encode(encoder, text))) for text in texts]
         special = {
             name: [str(getattr(tokenizer, name)), int(getattr(tokenizer, name + "_id"))]
@@ -489,6 +491,14 @@ def encode(tokenizer, text):
     """Ids of a text from a tokenizer of any make."""
     out = tokenizer.encode(text)
     return getattr(out, "ids", out)
+
+
+def same_vocabulary(tokenizer, reference, texts):
+    """Whether ids mean the same to both: a tokenizer of the target's own has no file to be compared with."""
+    try:
+        return all(tokenizer.decode(reference.encode(text).ids) == text for text in texts)
+    except Exception:  # ids it never heard of
+        return False
 
 
 def special_ids(tokenizer):

@@ -38,13 +38,15 @@ def test_every_row_is_supervised(ask):
     )
 
 
-def test_labels_are_the_assistant_s_words(ask):
+def test_labels_are_the_assistant_s_words(ask, facts):
     reply = batch(ask)
+    # Data sets for a single picture a row were written for one question and its answer.
+    learned = slice(1) if facts["dialect"] == "single_image" else slice(None)
     assert len(reply["labels_text"]) == len(TURNS), (
         f"{len(TURNS)} rows went in, {len(reply['labels_text'])} came out"
     )
     for number, (text, turns) in enumerate(zip(reply["labels_text"], TURNS, strict=True)):
-        want = " ".join(turn["assistant"] for turn in turns)
+        want = " ".join(turn["assistant"] for turn in turns[learned])
         if not text.strip():
             pytest.skip(f"row {number} supervises nothing, which is a failure of its own")
         assert words(text) == want, (

@@ -34,6 +34,12 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def plumbing(folder: Path, command: str, data: bytes) -> str:
+    """Output of a git command that reads ``data``."""
+    done = subprocess.run(["git", "-C", str(folder), *command.split()], input=data, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
 def commit(folder: Path, files: dict[str, str], message: str = "change") -> str:
     for name, text in files.items():
         put(folder / name, text)
@@ -68,9 +74,7 @@ def test_branch_tag_hash_and_reflog_name_commits(repository):
     git(repository, "branch", "side", "first")
     short = git(repository, "rev-parse", "--short", "first")
     assert [text_at(repository, ref) for ref in ("trunk", "HEAD", "HEAD~0")] == ["two\n"] * 3
-    assert [text_at(repository, ref) for ref in ("first", "side", short, "HEAD~1", "HEAD@{1}")] == [
-        "one\n"
-    ] * 5
+    assert [text_at(repository, ref) for ref in ("first", "side", short, "HEAD~1", "HEAD@{1}")] == ["one\n"] * 5
     assert checkout(repository, "first").commit == git(repository, "rev-parse", "first")
 
 
@@ -136,6 +140,18 @@ def test_an_interrupted_extraction_is_not_taken_for_a_whole_one(repository, cach
     assert text_at(repository, "first") == "one\n"
 
 
+@pytest.mark.parametrize("damage", ["write", "add", "remove"])
+def test_a_target_that_writes_into_its_files_does_not_change_the_next_run(repository, damage):
+    files = checkout(repository, "trunk").folder
+    if damage == "remove":
+        (files / "sub" / "inner.txt").unlink()
+    else:
+        put(files / ("file.txt" if damage == "write" else "sub/new.txt"), "changed\n")
+    again = checkout(repository, "trunk").folder
+    assert sorted(str(p.relative_to(again)) for p in again.rglob("*.txt")) == ["file.txt", "sub/inner.txt"]
+    assert (again / "file.txt").read_text() == "two\n"
+
+
 def test_two_at_once_get_the_same_whole_folder(repository):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: checkout(repository, "first"), range(8)))
@@ -167,9 +183,7 @@ def booby_trapped(repository, tmp_path) -> tuple[Path, Path]:
     script = tmp_path / "bite.sh"
     script.write_text(f'#!/bin/sh\necho "$0 $*" >> {alarm}\ncat\n')
     script.chmod(0o755)
-    commit(
-        repository, {".gitattributes": "*.txt filter=bite diff=bite text eol=crlf ident\nsub/* filter=a=b\n"}
-    )
+    commit(repository, {".gitattributes": "*.txt filter=bite diff=bite text eol=crlf ident\nsub/* filter=a=b\n"})
     config = {
         "core.fsmonitor": script,
         "core.hooksPath": repository / ".git/hooks",
@@ -275,43 +289,11 @@ def test_links_stay_inside_the_folder(repository):
 def test_no_file_is_written_through_a_link(repository, tmp_path):
     # A tree made by hand holds 'a' twice, which git itself would never write: as a link and as a folder.
     (tmp_path / "outside").mkdir()
-    blob = (
-        subprocess.run(
-            ["git", "-C", str(repository), "hash-object", "-w", "--stdin"],
-            input=b"bad",
-            capture_output=True,
-            check=True,
-        )
-        .stdout.decode()
-        .strip()
-    )
-    link = (
-        subprocess.run(
-            ["git", "-C", str(repository), "hash-object", "-w", "--stdin"],
-            input=os.fsencode(tmp_path / "outside"),
-            capture_output=True,
-            check=True,
-        )
-        .stdout.decode()
-        .strip()
-    )
-
-    def tree(listing: str) -> str:
-        return (
-            subprocess.run(
-                ["git", "-C", str(repository), "mktree"],
-                input=listing.encode(),
-                capture_output=True,
-                check=True,
-            )
-            .stdout.decode()
-            .strip()
-        )
-
-    inner = tree(f"100644 blob {blob}\tbad.txt\n")
-    outer = tree(f"120000 blob {link}\ta\n040000 tree {inner}\ta\n")
-    made = git(repository, "commit-tree", outer, "-m", "hand made")
-    found = checkout(repository, made).folder
+    blob = plumbing(repository, "hash-object -w --stdin", b"bad")
+    link = plumbing(repository, "hash-object -w --stdin", os.fsencode(tmp_path / "outside"))
+    inner = plumbing(repository, "mktree", f"100644 blob {blob}\tbad.txt\n".encode())
+    outer = plumbing(repository, "mktree", f"120000 blob {link}\ta\n040000 tree {inner}\ta\n".encode())
+    found = checkout(repository, git(repository, "commit-tree", outer, "-m", "hand made")).folder
     assert list((tmp_path / "outside").iterdir()) == []
     assert fingerprint(found).keys() == {"a", "a/bad.txt"}
 
@@ -357,9 +339,7 @@ def test_a_missing_blob_costs_that_file_alone(repository):
 
 def test_a_partial_clone_fetches_nothing(repository, tmp_path):
     git(repository, "config", "uploadpack.allowFilter", "true")
-    git(
-        tmp_path, "clone", "--quiet", "--filter=blob:none", "--no-checkout", f"file://{repository}", "partial"
-    )
+    git(tmp_path, "clone", "--quiet", "--filter=blob:none", "--no-checkout", f"file://{repository}", "partial")
     before = fingerprint(tmp_path / "partial")
     found = checkout(tmp_path / "partial", "HEAD")
     assert set(found.missing) == {"file.txt", "sub/inner.txt"}
@@ -398,23 +378,14 @@ def test_a_path_that_is_no_utf_8_does_not_stop_the_others(repository):
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(repository, tmp_path, monkeypatch):
     put(tmp_path / "taken", "a file")
     monkeypatch.setenv("COMPAT_CACHE", str(tmp_path / "taken"))
-    with pytest.raises(
-        CheckoutError, match="cannot be written below .*taken: .*; set COMPAT_CACHE"
-    ) as caught:
+    with pytest.raises(CheckoutError, match="cannot be written below .*taken: .*; set COMPAT_CACHE") as caught:
         checkout(repository, "first")
     assert caught.value.exit_code == 3
 
 
 def test_a_tree_with_a_file_below_a_file_is_an_error_not_a_crash(repository):
     blob, inner = git(repository, "rev-parse", "HEAD:file.txt"), git(repository, "rev-parse", "HEAD:sub")
-    listing = f"100644 blob {blob}\tsub\n040000 tree {inner}\tsub\n"
-    outer = (
-        subprocess.run(
-            ["git", "-C", str(repository), "mktree"], input=listing.encode(), capture_output=True, check=True
-        )
-        .stdout.decode()
-        .strip()
-    )
+    outer = plumbing(repository, "mktree", f"100644 blob {blob}\tsub\n040000 tree {inner}\tsub\n".encode())
     with pytest.raises(CheckoutError, match="cannot be written"):
         checkout(repository, git(repository, "commit-tree", outer, "-m", "hand made"))
 
@@ -432,9 +403,7 @@ def test_outside_a_repository_there_are_no_refs(tmp_path, monkeypatch):
     plain.mkdir()
     if git_above(plain):
         pytest.skip("the temporary folder lies inside a git repository")
-    with pytest.raises(
-        CheckoutError, match="is not inside a git repository, so '@main' names nothing"
-    ) as caught:
+    with pytest.raises(CheckoutError, match="is not inside a git repository, so '@main' names nothing") as caught:
         checkout(plain, "main")
     assert caught.value.exit_code == 2
     assert head_commit(plain) == (None, None)

@@ -131,7 +131,8 @@ def upstream_generate(source: str, path: str, prompt: str, device: str = "cpu") 
 def test_a_generation_script_of_upstream_gives_the_one_call_answer(tmp_path, picture_file, global_view):
     changes = {}
     if not global_view:  # as in checkpoints made before there was one
-        tokens = {key: token for key, token in nanovlm.preset("tiny").vlm_extra_tokens.items() if "global" not in key}
+        tokens = dict(nanovlm.preset("tiny").vlm_extra_tokens)
+        del tokens["global_image_token"]
         changes = {"vlm_extra_tokens": tokens, "extra_token_amount": 65}
     tiny_model(**changes).save_pretrained(tmp_path)
     model = VisionLanguageModel.from_pretrained(tmp_path)
@@ -141,17 +142,17 @@ def test_a_generation_script_of_upstream_gives_the_one_call_answer(tmp_path, pic
 
 def upstream_rows(model, tokenizer, conversations):
     """A batch as upstream's dataset and collator make it: shifted labels, padding on the left, nested lists."""
-    rows = []
+    rows, template = [], tokenizer.apply_chat_template
     for messages, images in conversations:
-        conversation = tokenizer.apply_chat_template(messages, tokenize=True, add_special_tokens=False, return_dict=True)
-        ids, mask, cursor = torch.tensor(conversation["input_ids"]), [], 0
-        head = tokenizer.apply_chat_template([{"role": "assistant", "content": "xzyvd"}], tokenize=False, add_special_tokens=False)
+        conversation = template(messages, tokenize=True, add_special_tokens=False, return_dict=True)
+        ids, mask = torch.tensor(conversation["input_ids"]), []
+        word = [{"role": "assistant", "content": "xzyvd"}]
+        head = template(word, tokenize=False, add_special_tokens=False)
         prefix = len(tokenizer.encode(head[: head.find("xzyvd")]))
         for message in messages:
-            count = len(tokenizer.apply_chat_template([message], tokenize=True, add_special_tokens=False))
+            count = len(template([message], tokenize=True, add_special_tokens=False))
             spoken = message["role"] == "assistant"
             mask += [0] * prefix + [int(spoken)] * (count - prefix)
-            cursor += count
         labels = ids.clone().masked_fill(~torch.tensor(mask).bool(), -100).roll(-1)
         labels[-1] = -100
         rows.append((ids, labels, torch.tensor(conversation["attention_mask"]), images))
@@ -176,24 +177,26 @@ def test_a_training_script_of_upstream_brings_the_loss_down_and_evaluates(tmp_pa
     ask, tell = {"role": "user", "content": places + "Who?"}, {"role": "assistant", "content": "me"}
     conversations = [([ask, tell], [tiles]), ([{"role": "user", "content": "Are you?"}, tell], [])]
     ids, labels, mask, images = upstream_rows(model, tokenizer, conversations)
-    groups = [{"params": list(part.parameters()), "lr": 3e-3} for part in (model.MP, model.vision_encoder, model.decoder)]
+    parts = (model.MP, model.vision_encoder, model.decoder)
+    groups = [{"params": list(part.parameters()), "lr": 3e-3} for part in parts]
     optimizer = torch.optim.AdamW(groups)
     losses = []
     model.train()
-    for _ in range(8):
+    for _ in range(30):
         _, loss = model(ids, images, attention_mask=mask, targets=labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] / 10
     model.eval()
     model.save_pretrained(save_directory=str(tmp_path))
-    prompts = [row[: (row != -100).nonzero()[0, 0] + 1] for row in labels]
-    short = min(map(len, prompts))
-    cut = ids[:, :short]
-    ours = VisionLanguageModel.from_pretrained(str(tmp_path)).eval()
-    last = ours.generate(ids[:, :-3], images, mask[:, :-3], 3, 50, 0.9, 0.5, True)
-    named = ours.generate(ids[:, :-3], images, mask[:, :-3], max_new_tokens=3, greedy=True, temperature=None, top_p=None)
-    assert torch.equal(last, named) and last.shape == (2, 3) and cut.shape[1] == short
+    again = VisionLanguageModel.from_pretrained(str(tmp_path)).eval()
+    asked, their_mask = ids[:, :-4], mask[:, :-4]  # without "me", its end and the line's
+    by_place = again.generate(asked, images, their_mask, 3, 50, 0.9, 0.5, True)
+    by_name = again.generate(
+        asked, images, their_mask, max_new_tokens=3, greedy=True, temperature=None, top_p=None
+    )  # as upstream's evaluation calls it
+    assert torch.equal(by_place, by_name)
+    assert tokenizer.batch_decode(by_name, skip_special_tokens=True) == ["me", "me"]

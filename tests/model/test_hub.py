@@ -222,9 +222,7 @@ def test_a_shard_that_the_repository_lacks_is_named(hub, online, sharded):
 
 
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
-def test_offline_a_loaded_repository_loads_again_without_a_request(
-    hub, online, offline, saved, sharded, kind
-):
+def test_offline_a_loaded_repository_loads_again_without_a_request(hub, online, offline, saved, sharded, kind):
     files, expected = saved["model 1"]
     hub.add(f"any/again-{kind}", sharded if kind == "sharded" else files)
     online(load, f"any/again-{kind}")
@@ -242,9 +240,7 @@ def test_a_second_load_fetches_nothing_anew(hub, online, saved):
     assert resolved(hub) == set()
 
 
-def test_offline_a_snapshot_loads_though_nobody_asked_for_the_files_it_lacks(
-    hub, online, offline, saved, sharded
-):
+def test_offline_a_snapshot_loads_though_nobody_asked_for_the_files_it_lacks(hub, online, offline, saved, sharded):
     hub.add("any/snapshot", sharded)
     online(bare, "snapshot_download", "any/snapshot")
     assert offline(load, "any/snapshot") == saved["model 1"][1]
@@ -273,9 +269,7 @@ def test_a_hub_that_does_not_answer_is_named_and_the_cache_still_serves(hub, onl
     online(load, "any/silent")
     with Client(hub.environment() | {"HF_ENDPOINT": "http://127.0.0.1:9"}) as cut_off:
         assert cut_off(load, "any/silent") == expected
-        with pytest.raises(
-            Raised, match="any/silent-unseen is not in the cache.*cannot be reached"
-        ) as raised:
+        with pytest.raises(Raised, match="any/silent-unseen is not in the cache.*cannot be reached") as raised:
             cut_off(load, "any/silent-unseen")
     assert "SourceNotFound" in raised.value.kinds
 
@@ -331,9 +325,7 @@ def test_a_private_repository_is_not_loaded_without_its_owners_token(hub, online
 
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "public"])
-def test_a_pushed_model_has_a_card_and_lfs_weights_and_loads_again_equal(
-    hub, online, saved, tmp_path, private
-):
+def test_a_pushed_model_has_a_card_and_lfs_weights_and_loads_again_equal(hub, online, saved, tmp_path, private):
     files, expected = saved["model 1"]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
