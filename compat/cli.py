@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from compat import store
-from compat.combo import SCALES, UnknownCombo, load
+from compat.combo import SCALES, Combo, UnknownCombo, load
 from compat.combo import choose as choose_combos
 from compat.reports.text import printable
 from compat.result import INCOMPLETE, OK, USAGE, Run
@@ -30,6 +31,30 @@ examples:
   compat run ../my-fork --suite save_load       one check on a fork elsewhere
   compat run .@v0.2 --json run.json             a git ref, with a copy of the run
   compat run models.vlm:MyVLM --python .venv/bin/python
+"""
+LOCK_CODES = """\
+exit codes:
+  0  the lock is written, whatever it says of the target
+  2  wrong usage
+  3  could not complete: nothing could be asked, the file cannot be written, or an error of ours
+"""
+LOCK_EXAMPLES = """\
+examples:
+  compat lock . -o now.json                     the model in this folder, default combo
+  compat lock ../my-fork@v0.2 > then.json       a git ref, on stdout
+"""
+COMPARE_CODES = """\
+exit codes:
+  0  identical, or only additions
+  1  behaviour changed, or something breaks
+  2  wrong usage
+  3  could not complete: a side could not be asked, or an error of ours
+"""
+COMPARE_EXAMPLES = """\
+examples:
+  compat compare .@main .                       what the working tree changed
+  compat compare ../nanoVLM ../my-fork          a fork against where it came from
+  compat compare then.json now.json             two locks (compat lock): answers at once
 """
 
 
@@ -101,6 +126,44 @@ def parser() -> argparse.ArgumentParser:
         "-v", "--verbose", action="store_true", help="name every test, show what the target printed"
     )
     run.set_defaults(call=command_run)
+
+    lock = commands.add_parser(
+        "lock",
+        help="write down everything a model does, one fact a line",
+        formatter_class=shape,
+        description="Ask TARGET everything in one combo and write the answers as a lock: on stdout, or to FILE.\n"
+        "What the target does not have, or fails at, is a fact of it too.",
+        epilog=LOCK_EXAMPLES + "\n" + LOCK_CODES,
+    )
+    lock.add_argument("target", nargs="?", default=".", metavar="TARGET", help="as in compat run (default: .)")
+    lock.add_argument("--combo", metavar="NAME", help="which backbones (default: the first default of compat list)")
+    lock.add_argument("--scale", choices=SCALES, default="tiny", help="tiny (default) or full: real sizes")
+    lock.add_argument("--python", metavar="PATH", help="the interpreter the target runs in (default: this one)")
+    lock.add_argument("--timeout", type=seconds, default=60.0, metavar="S", help="seconds a question may take")
+    lock.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    lock.add_argument("-o", "--output", metavar="FILE", help="write the lock here and say how much it holds")
+    lock.set_defaults(call=command_lock)
+
+    compare = commands.add_parser(
+        "compare",
+        help="say what changed between two models, and for whom",
+        formatter_class=shape,
+        description="Compare A with B: lock files, or targets as in compat run, which are locked first.",
+        epilog=COMPARE_EXAMPLES + "\n" + COMPARE_CODES,
+    )
+    compare.add_argument("a", metavar="A", help="the old side: a lock file or a target")
+    compare.add_argument("b", metavar="B", help="the new side")
+    compare.add_argument("--combo", metavar="NAME", help="which backbones (default: the lock's, or the first)")
+    compare.add_argument("--scale", choices=SCALES, help="tiny or full (default: the lock's, or tiny)")
+    compare.add_argument("--python", metavar="PATH", help="the interpreter targets run in (default: this one)")
+    compare.add_argument("--timeout", type=seconds, default=60.0, metavar="S", help="seconds a question may take")
+    compare.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    compare.add_argument("--json", metavar="FILE", help="also write the findings here; - prints them, not the table")
+    compare.set_defaults(call=command_compare)
+
+    explain = commands.add_parser("explain", help="what a rule means, and how to mend what it finds")
+    explain.add_argument("rule", nargs="?", metavar="RULE", help="such as LOAD.key_removed; without it, all of them")
+    explain.set_defaults(call=command_explain)
 
     listing = commands.add_parser("list", help="what there is to choose from: combos and checks")
     listing.set_defaults(call=command_list)
@@ -186,6 +249,112 @@ def command_run(options: argparse.Namespace) -> int:
             print(printable(run.output).rstrip(), file=sys.stderr)
         return complain(run.incomplete, INCOMPLETE)
     return keep_and_show(run, options, log)
+
+
+def command_lock(options: argparse.Namespace) -> int:
+    """Ask everything in one combo; print the lock, or write it and say how much it holds."""
+    from compat import lock
+    from compat.process import Child, CouldNotAsk
+    from compat.target import TargetError, resolve
+
+    combo = choose_combos([options.combo] if options.combo else None)[0]
+    if options.output and not Path(options.output).resolve().parent.is_dir():
+        raise Usage(f"-o {options.output}: there is no folder {Path(options.output).parent}")
+    try:
+        target = resolve(options.target)
+    except TargetError as error:
+        return complain(str(error), error.exit_code)
+    limit_s = lock.limit_s(options.timeout, options.scale)
+    told = {"python": options.python, "timeout_s": options.timeout, "device": options.device, "scale": options.scale}
+    try:
+        with Child(target, run_timeout_s=limit_s, **told) as child:
+            made = lock.make(child, combo, options.scale)
+    except (CouldNotAsk, lock.LockFailed) as error:
+        return complain(str(error), INCOMPLETE)
+    if not options.output:
+        sys.stdout.write(lock.dumps(made))
+        return OK
+    try:
+        lock.write(Path(options.output), made)
+    except OSError as error:
+        return complain(f"{options.output} was not written: {error.strerror or error}", INCOMPLETE)
+    print(f"{options.output}: {lock.summary(made)}")
+    return OK
+
+
+def command_compare(options: argparse.Namespace) -> int:
+    """Read or make two locks, compare them, show what changed."""
+    from compat import lock
+    from compat.process import CouldNotAsk
+    from compat.reports.comparison import show
+    from compat.rules import NotComparable, compare
+    from compat.target import TargetError
+
+    try:
+        sides = [lock.read(Path(text)) if is_lock_file(text) else None for text in (options.a, options.b)]
+        held = next((side for side in sides if side), {"combo": None, "scale": "tiny"})
+        for name in ("combo", "scale"):
+            wanted = getattr(options, name) or held[name]
+            for side in sides:
+                if side and side[name] != wanted:
+                    raise Usage(f"a lock is of {name} {side[name]}, but {wanted} is wanted: both must be of one")
+        if options.combo or None in sides:
+            name = options.combo or held["combo"]
+            combo, scale = choose_combos([name] if name else None)[0], options.scale or held["scale"]
+            texts = (options.a, options.b)
+            sides = [side or made_lock(text, combo, scale, options) for side, text in zip(sides, texts, strict=True)]
+        found = compare(*sides)
+    except (lock.NotALock, NotComparable) as error:
+        return complain(str(error), USAGE)
+    except TargetError as error:
+        return complain(str(error), error.exit_code)
+    except (CouldNotAsk, lock.LockFailed, OSError) as error:
+        return complain(str(error), INCOMPLETE)
+    if options.json:
+        text = json.dumps(found.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+            return found.exit_code
+        try:
+            store.write_atomic(Path(options.json), text.encode("utf-8"))
+        except OSError as error:
+            complain(f"{options.json} was not written: {error.strerror or error}", found.exit_code)
+    try:
+        show(found)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return found.exit_code
+
+
+def is_lock_file(text: str) -> bool:
+    """A file, but not file.py:Class, which does not exist under that name."""
+    return Path(text).is_file() or text.endswith(".json")
+
+
+def made_lock(text: str, combo: Combo, scale: str, options: argparse.Namespace) -> dict:
+    """The lock of a target, through a child of its own. Raises TargetError, CouldNotAsk, LockFailed."""
+    from compat import lock
+    from compat.plugin import run_limit_s
+    from compat.process import Child
+    from compat.target import resolve
+
+    target = resolve(text)
+    print(f"compat: asking {target.label}", file=sys.stderr)
+    told = {"python": options.python, "timeout_s": options.timeout, "device": options.device, "scale": scale}
+    with Child(target, run_timeout_s=run_limit_s(options.timeout), **told) as child:
+        return lock.make(child, combo, scale)
+
+
+def command_explain(options: argparse.Namespace) -> int:
+    from compat.reports.comparison import explain, listing
+    from compat.rules import UnknownRule, find_rule
+
+    try:
+        print(explain(find_rule(options.rule)) if options.rule else listing())
+    except UnknownRule as error:
+        return complain(f"{error} (compat explain lists them all)", USAGE)
+    return OK
 
 
 def keep_and_show(run: Run, options: argparse.Namespace, log: Path | None) -> int:

@@ -100,6 +100,12 @@ class Judge:
 
         return ask
 
+    def not_offered(self) -> str:
+        """Which combos the target does not offer, in one sentence; a run of skips alone is no pass."""
+        keys = {combo: json.dumps([combo, "describe", {}], sort_keys=True) for combo in self.combos}
+        why = {combo: self._answers.get(key) for combo, key in keys.items()}
+        return "; ".join(f"{c} was not judged: {e}" for c, e in why.items() if isinstance(e, NotSupported))
+
     def _answer(self, question: str, combo: str, parameters: dict) -> dict | Exception:
         began = time.monotonic()
         reply: dict | Exception
@@ -303,6 +309,7 @@ def judge(
     if plugin.could_not_ask and not plugin.results:
         raise CouldNotAsk(plugin.could_not_ask)
     run.results = plugin.results
+    plugin.incomplete = plugin.incomplete or plugin.not_offered()
     run.incomplete = plugin.incomplete or plugin.could_not_ask
     if not run.results and not run.incomplete:
         run.incomplete = f"pytest ended with code {int(code)} before any test ran"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of all layers (layers, 2, B, K, capacity, D); ``length`` positions are in use."""
+    """Keys and values (B, K, capacity, D) of every layer; ``length`` positions are in use."""
 
     def __init__(
         self,
@@ -24,7 +24,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.store = torch.empty(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device)
+        # zeros: compiled code weighs what is not in use yet by 0, and 0 * NaN would spread
+        store = torch.zeros(layers, 2, batch, heads, capacity, head_dim, dtype=dtype, device=device)
+        self.layers = [(keys, values) for keys, values in store]
         self.capacity = capacity
         self.length = 0
 
@@ -33,10 +35,11 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise IndexError(f"the cache holds {self.capacity} positions, {end} are wanted")
-        keys, values = self.store[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        keys, values = self.layers[layer]
+        # narrow, not slices: each step of a slice is a call, and one token makes these 30 times
+        keys.narrow(2, self.length, k.shape[2]).copy_(k)
+        values.narrow(2, self.length, k.shape[2]).copy_(v)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, steps: int) -> None:
         """Count the last ``steps`` positions written as in use."""

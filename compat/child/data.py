@@ -99,6 +99,7 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
     if isinstance(ids, list) and not ids:
         raise NotSupported("the collator dropped every row")
     images = batch.get("images", batch.get("image"))
+    mask = batch.get("attention_mask")
     text = [adapter.tokenizer.decode([int(t) for t in row if int(t) != -100]) for row in labels]
     image_id = adapter.image_token_id
     return {
@@ -108,6 +109,10 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
         "image_tokens": [int((row == image_id).sum()) if image_id is not None else 0 for row in ids],
         "features": [count_features(images, i, adapter) if image_id is not None else 0 for i in range(len(rows))],
         "batch_keys": sorted(batch),
+        "ids": [[int(t) for t in row] for row in ids],
+        "labels": [[int(t) for t in row] for row in labels],
+        "attention_mask": None if mask is None else [[int(t) for t in row] for row in mask],
+        "pad_id": adapter.pad_id,
         "pictures": len(rows[0]["images"]),
     }
 

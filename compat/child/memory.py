@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .optim import adam
+from .protocol import theirs
 
 
 class LiveBytes(TorchDispatchMode):
@@ -75,5 +76,6 @@ def run(adapter, batch, step):
     trained, state = [p for p in adapter.model.parameters() if p.requires_grad], {}
     for _ in range(2):  # the optimizer's state exists from the second step on
         adapter.model.zero_grad(set_to_none=True)
-        adapter.loss(batch).backward()
+        with theirs():
+            adapter.loss(batch).backward()
         adam(trained, state, lr=1e-4)

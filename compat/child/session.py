@@ -20,6 +20,7 @@ import tempfile
 from json import dumps, loads  # bound now: the target may put others into the module
 
 from .discover import broken_files, discover, imported_from
+from .lock import LockQuestions
 from .protocol import VERSION, NotSupported, Unaskable, theirs
 from .stubs import NotInstalled, StandIns
 
@@ -123,7 +124,10 @@ def unread(folder):
     return f"; not readable as Python {platform.python_version()}: {'; '.join(broken[:3])}" if broken else ""
 
 
-class Session:
+WITHOUT_MODEL = ("train_config", "lock_train_config", "lock_scripts")
+
+
+class Session(LockQuestions):
     """Answers questions about one target."""
 
     def __init__(self, target, device):
@@ -206,7 +210,7 @@ class Session:
         if method is None:
             raise NotSupported(f"this worker knows no question '{question}'")
         self.tidy()
-        if question == "train_config":
+        if question in WITHOUT_MODEL:
             return method()
         adapter = self.adapter(combo)
         adapter.reset()
@@ -288,7 +292,8 @@ class Session:
         adapter.model.train()
         adapter.model.zero_grad(set_to_none=True)
         loss = adapter.loss(adapter.batch(rows))
-        loss.backward()
+        with theirs():
+            loss.backward()
         named = list(adapter.model.named_parameters())
         return {
             "loss": loss.item(),
@@ -311,15 +316,29 @@ class Session:
             loss = adapter.loss(batch)
             losses.append(loss.item())
             adapter.model.zero_grad(set_to_none=True)
-            loss.backward()
+            with theirs():
+                loss.backward()
             step(trained, state, lr)
         with torch.no_grad():
             losses.append(adapter.loss(batch).item())
         return {"losses": losses}
 
-    def ask_generate(self, adapter, rows, max_new_tokens, greedy=True, seed=0, eos=None, padding="left"):
-        """New ids a row."""
-        return {"ids": adapter.generate(adapter.batch(rows, padding), max_new_tokens, greedy, seed, eos)}
+    def ask_generate(
+        self, adapter, rows, max_new_tokens, greedy=True, seed=0, eos=None, padding="left", train=False
+    ):
+        """New ids a row, and what generating changed: names in the state dict, the mode of any module.
+
+        Buffers outside the state dict are not compared: a cache may rightly be kept in one.
+        """
+        model = adapter.model.train(train)
+        before, modes = fingerprints(model), [module.training for module in model.modules()]
+        ids = adapter.generate(adapter.batch(rows, padding), max_new_tokens, greedy, seed, eos)
+        after = fingerprints(model)
+        return {
+            "ids": ids,
+            "changed": sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)),
+            "mode_kept": modes == [module.training for module in model.modules()],
+        }
 
     def ask_save_load(self, adapter, rows):
         """Save, load, and compare keys, config and logits."""
@@ -341,6 +360,8 @@ class Session:
             files = sorted(os.path.relpath(os.path.join(at, f), folder) for at, _, fs in os.walk(folder) for f in fs)
             keys, aliases = saved_keys(folder, files)
         names = set(adapter.model.state_dict())
+        ties = [shared_storage(model) for model in (adapter.model, again)]
+        trained = [{n: p.requires_grad for n, p in model.named_parameters()} for model in (adapter.model, again)]
         first, adapter.model = adapter.model, again.to(self.device).eval()
         try:
             with torch.no_grad():
@@ -353,6 +374,10 @@ class Session:
             "keys": sorted(keys),
             "missing": sorted(names - present),
             "unexpected": sorted(set(keys) - names),
+            "ties_before": ties[0],
+            "ties_after": ties[1],
+            "trainable_before": trained[0],
+            "trainable_after": trained[1],
             "config_before": jsonable(config_values(adapter.config)),
             "config_after": jsonable(config_values(getattr(again, "cfg", getattr(again, "config", adapter.config)))),
             **{f"before.{i}": row.cpu().numpy() for i, row in enumerate(before)},
@@ -526,6 +551,29 @@ def signatures(cls):
                 if p.name not in ("self", "cls")
             ]
     return found
+
+
+def fingerprints(model):
+    """{name in the state dict: text that changes with its numbers}; far smaller than a second copy of the weights."""
+    import torch
+
+    found = {}
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach()
+        if not values.is_floating_point():
+            values = values.double()
+        size = torch.linalg.vector_norm(values, dtype=torch.float64)
+        found[name] = f"{tuple(tensor.shape)} {tensor.dtype} {values.sum(dtype=torch.float64).item()!r} {size.item()!r}"
+    return found
+
+
+def shared_storage(model):
+    """Groups of parameter names that are one tensor."""
+    groups = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            groups.setdefault((parameter.data_ptr(), tuple(parameter.shape)), []).append(name)
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
 def saved_keys(folder, files):

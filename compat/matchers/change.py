@@ -22,11 +22,15 @@ ABSENT = Absent()
 
 
 class Hit(NamedTuple):
-    """What a matcher found: the values to show. size: how far apart measured ones lie, None for stated ones."""
+    """What a matcher found: the values to show.
+
+    size: how far apart measured ones lie, None for stated ones. path: where, if not at the fact itself.
+    """
 
     old: Any
     new: Any
     size: float | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,17 @@ def differs(change: Change, *keys: str) -> Hit | None:
     return Hit({key: old[key] for key in moved}, {key: new[key] for key in moved})
 
 
+def changed_parts(change: Change) -> set[str]:
+    """Names of the parts that differ, of a fact that is an object on both sides."""
+    if not isinstance(change.old, dict) or not isinstance(change.new, dict):
+        return set()
+    names = {*change.old, *change.new}
+    return {name for name in names if not same(part(change.old, name), part(change.new, name))}
+
+
 def type_names(annotation: Any) -> set[str]:
     """The types an annotation admits, however it is spelled: Optional[int] and int | None are one."""
-    names = {word.rpartition(".")[2].lower() for word in re.findall(r"[\w.]+", str(annotation))}
+    text = re.sub(r"\b(?!Optional|Union|Annotated)(\w+)\[[^\[\]]*\]", r"\1", str(annotation))  # list[int] is a list
+    names = {word.rpartition(".")[2].lower() for word in re.findall(r"[\w.]+", text)}
     spelled = {"optional", "union", "annotated", "nonetype", "none", "final", "class", "any"}
     return names - spelled

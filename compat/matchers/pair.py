@@ -23,6 +23,7 @@ SECTIONS = (
     "processor", "data", "numbers", "greedy", "gradient", "loss_curve", "activation", "backbones",
     "cost.flops", "cost.peak", "cost",
 )  # fmt: skip
+REMADE = {"shape": "LOAD.key_reshaped", "persistent": "LOAD.persistence", "dtype": "LOAD.dtype"}
 
 
 def section_of(path: str) -> tuple[str, str]:
@@ -99,7 +100,7 @@ class Pair:
 
         A module that holds a differing one differs because of it, so the innermost is named.
         """
-        modules = {}
+        modules: dict[str, Any] = {}
         for name, value in sorted(self.of_b.get("activation", {}).items()):
             modules.setdefault(name.partition(".")[2], value)
         calls = [
@@ -152,13 +153,16 @@ class Pair:
             if key not in a:
                 found.setdefault(key, "LOAD.tied_key_added" if self.loads_by_tie(value) else "LOAD.key_required")
         for key, old, new in self.both("state"):
-            for name, rule in (("shape", "LOAD.key_reshaped"), ("persistent", "LOAD.persistence"), ("dtype", "LOAD.dtype")):
+            for name, rule in REMADE.items():
                 if not same(part(old, name), part(new, name)):
                     found.setdefault(key, rule)
-            if not same(part(old, "tied_to"), part(new, "tied_to")):
-                for tied in (key, part(old, "tied_to"), part(new, "tied_to")):
+            was, now = part(old, "tied_to"), part(new, "tied_to")
+            if not same(was, now):
+                ties = [isinstance(tied, str) for tied in (was, now)]
+                rule = "LOAD.tie_moved" if all(ties) else "LOAD.tie_broken" if ties[0] else "LOAD.tie_made"
+                for tied in (key, was, now):
                     if isinstance(tied, str):
-                        found.setdefault(tied, "LOAD.tie")
+                        found.setdefault(tied, rule)
         return found
 
     def loads_by_tie(self, value: Any) -> bool:
@@ -168,8 +172,8 @@ class Pair:
     @cached_property
     def redrawn(self) -> bool:
         """The two models cannot have been given the same weights."""
-        drawn = {"LOAD.key_renamed", "LOAD.key_removed", "LOAD.key_required", "LOAD.key_reshaped", "LOAD.tie"}
-        return any(rule in drawn and not self._unsaved(key) for key, rule in self.causes.items())
+        kept = {"LOAD.persistence", "LOAD.tied_key_added", "LOAD.dtype"}
+        return any(rule not in kept and not self._unsaved(key) for key, rule in self.causes.items())
 
     def _unsaved(self, key: str) -> bool:
         held = [facts["state"][key] for facts in (self.of_a, self.of_b) if key in facts.get("state", {})]

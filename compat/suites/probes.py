@@ -34,16 +34,14 @@ class Probes:
         self,
         length: int = 10,
         seed: int = 0,
-        images: tuple[int, ...] | None = None,
+        images: tuple[int, ...] = (0,),
         labels: str | None = None,
         tokens: list[int] | None = None,
     ) -> dict:
-        """A row of `length` text tokens after its pictures; None means one only if the model insists on it.
+        """A row of `length` text tokens after its pictures; one unless a check is about their number.
 
         labels: None, "all" (every next token) or "last" (the final one alone).
         """
-        if images is None:
-            images = () if self.takes("no_image") else (0,)
         text = self.text(length, seed) if tokens is None else list(tokens)
         row = {"tokens": [IMAGE] * len(images) + text, "images": list(images)}
         if labels:

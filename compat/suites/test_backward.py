@@ -49,6 +49,17 @@ def test_no_part_of_the_model_is_cut_off(ask, probes):
     )
 
 
+def test_no_matrix_has_a_gradient_of_zero(ask, probes):
+    reply, keys = gradients(ask, probes), ask("state_dict")["keys"]
+    # Vectors are let off: a key's bias rightly has none, since softmax does not see it.
+    matrices = [name for name in reply["trainable"] if name in keys and len(keys[name]["shape"]) >= 2]
+    dead = [name for name in matrices if reply["grads"].get(name) == 0.0]
+    assert not dead, (
+        f"{len(dead)} of {len(matrices)} weight matrices have a gradient of exactly zero: {named(dead)}. "
+        "Is their output multiplied by zero, detached, or never read?"
+    )
+
+
 def test_frozen_parameters_get_no_gradient(ask, probes):
     reply = gradients(ask, probes)
     leaked = [name for name in reply["frozen"] if reply["grads"].get(name) is not None]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from compat.suites.probes import named
+from compat.suites.probes import IGNORED, named
 
 CHECK = "Data Pipeline"
 TURNS = (
@@ -53,6 +53,56 @@ def test_labels_are_the_assistant_s_words(ask, facts):
             f"row {number} learns {words(text)!r}, the assistant says {want!r}. "
             "Is the mask off by some tokens, or are labels shifted twice?"
         )
+
+
+def test_every_label_is_the_next_token(ask):
+    reply = batch(ask)
+    labelled = 0
+    for number, (ids, labels) in enumerate(zip(reply["ids"], reply["labels"], strict=True)):
+        assert len(labels) == len(ids), f"row {number} has {len(ids)} ids and {len(labels)} labels"
+        places = [place for place, label in enumerate(labels) if label != IGNORED]
+        labelled += len(places)
+        off = [place for place in places if ids[place + 1 : place + 2] != [labels[place]]]
+        assert not off, (
+            f"row {number}: {len(off)} of {len(places)} labels are not the id that follows; at position "
+            f"{off[0]} the id is {ids[off[0]]}, the next {ids[off[0] + 1 : off[0] + 2]}, the label "
+            f"{labels[off[0]]}. The loss shifts nothing: labels must come one step ahead of the ids"
+        )
+    if not labelled:
+        pytest.skip("no row supervises anything, which is a failure of its own")
+
+
+def test_padding_is_masked_and_teaches_nothing(ask):
+    reply = batch(ask)
+    if reply["attention_mask"] is None:
+        pytest.skip("the collated batch has no attention mask")
+    rows = zip(reply["ids"], reply["labels"], reply["attention_mask"], strict=True)
+    for number, (ids, labels, mask) in enumerate(rows):
+        assert len(mask) == len(ids), f"row {number} has {len(ids)} ids and a mask of {len(mask)}"
+        padding = edges(ids, reply["pad_id"])
+        seen = [place for place in sorted(padding) if mask[place]]
+        # The end of a text may be the id that pads, so one of them may be meant.
+        assert len(seen) <= 1, (
+            f"row {number}: {len(seen)} of {len(padding)} padding tokens have attention mask 1 (positions "
+            f"{named([str(place) for place in seen])}): the model would read them as text"
+        )
+        hidden = [place for place, kept in enumerate(mask) if not kept and place not in padding]
+        assert not hidden, (
+            f"row {number}: {len(hidden)} tokens that are no padding have attention mask 0 (positions "
+            f"{named([str(place) for place in hidden])}): the model would not read them"
+        )
+        taught = [place for place, kept in enumerate(mask) if not kept and labels[place] != IGNORED]
+        assert not taught, (
+            f"row {number}: {len(taught)} masked positions carry a label ({named([str(p) for p in taught])}): "
+            "the loss would be taken on padding; label it -100"
+        )
+
+
+def edges(ids: list[int], pad: int) -> set[int]:
+    """Places of the run of padding at either end."""
+    first = next((place for place, i in enumerate(ids) if i != pad), len(ids))
+    last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] != pad), -1)
+    return {*range(first), *range(last + 1, len(ids))}
 
 
 def test_image_tokens_match_the_features(ask, facts):

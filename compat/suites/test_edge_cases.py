@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compat.process import TargetRaised
-from compat.suites.probes import assert_differ, assert_same, forward, logits_of, mean_loss, named
+from compat.suites.probes import IMAGE, assert_differ, assert_same, forward, logits_of, mean_loss, named
 
 CHECK = "Edge Cases"
 LONGEST, MOST_LOGITS = 1024, 2**25  # text tokens, and numbers in an answer, that a long row may have
@@ -72,6 +72,41 @@ def test_several_pictures_keep_their_order(ask, facts, probes):
     assert_differ(b, a, "two pictures and the same two swapped", "Is only one of them used?")
 
 
+def test_every_picture_of_a_row_counts(ask, facts, probes):
+    probes.need("several_images", "this layout takes exactly one picture a row")
+    base, second, first = (
+        forward(ask, facts, [probes.row(10, images=pair)], padding="none")[0] for pair in ((0, 1), (0, 2), (2, 1))
+    )
+    assert_differ(second, base, "another second picture of two", "Is it ignored, or replaced by the first?")
+    assert_differ(first, base, "another first picture of two", "Is it ignored, or replaced by the second?")
+    assert_differ(first, second, "pictures 2 and 1 against 0 and 2", "Is only one of them used?")
+
+
+def test_a_picture_changes_only_the_text_after_it(ask, facts, probes):
+    probes.need("several_images", "this layout takes exactly one picture a row")
+    if facts["layout"] == "in_front":
+        pytest.skip("the layout puts every picture in front of the text")
+    text = probes.text(10)
+    tokens = [IMAGE, *text[:5], IMAGE, *text[5:]]
+    base, second, first = (
+        forward(ask, facts, [{"tokens": tokens, "images": list(pair)}], padding="none")[0]
+        for pair in ((0, 1), (0, 2), (2, 1))
+    )
+    assert_same(
+        second[:5],
+        base[:5],
+        "the text between two pictures, under another second one",
+        "Do pictures go to their own places, the first to the first?",
+    )
+    assert_differ(second[5:], base[5:], "the text after both, under another second one", "Is it ignored?")
+    assert_differ(
+        first[:5],
+        base[:5],
+        "the text between two pictures, under another first one",
+        "Do pictures go to their own places, the first to the first?",
+    )
+
+
 def test_a_split_picture_has_the_tiles_of_its_grid(ask, facts):
     tiles = ask("process_image", sizes=sizes(facts))["pictures"]
     if max(picture["tiles"] for picture in tiles) == 1:
@@ -121,6 +156,23 @@ def test_a_row_as_long_as_the_positions_gives_numbers(ask, facts, probes):
     )
 
 
+def test_a_longest_row_still_sees_its_beginning(ask, facts, probes):
+    text = probes.text(min(longest(facts)))
+    other = next(token for token in probes.ids if token != text[0])
+    [base] = forward(ask, facts, [probes.row(tokens=text, images=(0,))], padding="none")
+    for what, row in (
+        ("first token", probes.row(tokens=[other, *text[1:]], images=(0,))),
+        ("picture", probes.row(tokens=text, images=(1,))),
+    ):
+        [changed] = forward(ask, facts, [row], padding="none")
+        assert_differ(
+            changed[-1:],
+            base[-1:],
+            f"the last of {len(text)} tokens, under another {what}",
+            "Is the beginning of a long row cut off, or outside every layer's attention window?",
+        )
+
+
 def test_beyond_the_positions_comes_a_clear_error_or_numbers(ask, facts, probes):
     allowed, tried = longest(facts)
     if allowed + 8 > tried:
@@ -151,6 +203,33 @@ def test_after_the_end_token_nothing_else_follows(ask, facts, probes):
                 stopped = ask("generate", rows=rows, eos=ids[end], **how)["ids"][number]
                 return assert_ended(stopped, ids, end, number, set(facts["special_ids"]))
     pytest.skip("generated text repeats one token, so no id could serve as an end that something follows")
+
+
+def test_a_row_that_ends_early_leaves_the_others_their_length(ask, facts, probes):
+    probes.need("eos", "generate does not know an end token")
+    rows = [probes.row(6, seed=seed, images=(seed,)) for seed in range(4)]
+    free = ask("generate", rows=rows, eos=unused(facts), max_new_tokens=12, greedy=True)["ids"]
+    special = set(facts["special_ids"])
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b and len(free[b]) == 12]
+    for a, b in pairs:
+        end = next((i for i in free[a][:6] if i not in free[b]), None)
+        if end is None or special & {*free[b], *free[a]}:
+            continue
+        how = {"eos": end, "max_new_tokens": 12, "greedy": True}
+        [alone] = ask("generate", rows=[rows[b]], **how)["ids"]
+        for order in ([a, b], [b, a]):
+            ids = ask("generate", rows=[rows[n] for n in order], **how)["ids"][order.index(b)]
+            assert len(ids) == len(alone), (
+                f"a row generates {len(alone)} tokens alone, {len(ids)} beside one that ends after "
+                f"{free[a].index(end) + 1}: does the whole batch stop with its first finished row?"
+            )
+            kept = [i for i in ids if i not in special]
+            assert len(kept) == len(ids), (
+                f"a row that has not ended is filled with special tokens ({ids}) beside one that ended after "
+                f"{free[a].index(end) + 1}"
+            )
+        return
+    pytest.skip("every row generates the same ids, so none could end before another")
 
 
 def unused(facts) -> int:

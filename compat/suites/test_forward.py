@@ -2,7 +2,9 @@
 
 import math
 
-from compat.suites.probes import assert_differ, assert_same, forward, logits_of, mean_loss
+import pytest
+
+from compat.suites.probes import assert_differ, assert_same, forward, logits_of, mean_loss, named
 
 CHECK = "Forward Pass Training"
 LOSS = 1e-4  # relative; a mean over one label too many is off by more than 1e-2
@@ -81,6 +83,37 @@ def test_rows_do_not_depend_on_their_neighbours_or_order(ask, facts, probes):
         )
     [alone] = forward(ask, facts, rows[:1], padding="none")
     assert_same(batch[0], alone, "a row in a batch of 3 and alone", "Do rows share pictures or attention?")
+
+
+def test_train_mode_without_dropout_gives_what_eval_mode_gives(ask, facts, probes):
+    values = {name: field["value"] for name, field in facts["config"].items() if "drop" in name}
+    active = [f"{name}={value}" for name, value in values.items() if isinstance(value, int | float) and value > 0]
+    if active:
+        pytest.skip(f"dropout is configured ({named(active)})")
+    lengths = (5, 11) if probes.takes("attention_mask") else (11, 11)
+    rows = [
+        probes.row(length, seed=seed, images=(seed,), labels="all") for seed, length in enumerate(lengths)
+    ]
+    for batch in (rows[1:], rows):
+        padding = {"padding": "left" if batch is rows and len(set(lengths)) > 1 else "none"}
+        evaluated, trained = (ask("forward", rows=batch, train=train, **padding) for train in (False, True))
+        for number, (a, b) in enumerate(
+            zip(
+                logits_of(trained, batch, facts["vocab_size"]),
+                logits_of(evaluated, batch, facts["vocab_size"]),
+                strict=True,
+            )
+        ):
+            assert_same(
+                a,
+                b,
+                f"row {number} of {len(batch)} in train and in eval mode, no dropout configured",
+                "Is a dropout rate hard-coded, or the mask or a branch left out in one of the modes?",
+            )
+        assert abs(trained["loss"] - evaluated["loss"]) <= LOSS * max(1.0, abs(evaluated["loss"])), (
+            f"the loss of {len(batch)} rows is {trained['loss']:.6g} in train mode, {evaluated['loss']:.6g} in "
+            "eval mode, with no dropout configured. Is it computed differently in one of the modes?"
+        )
 
 
 def test_the_same_call_twice_gives_the_same_logits(ask, facts, probes):

@@ -6,7 +6,8 @@ import pytest
 from compat.suites.probes import DECISIVE, forward, margins, named, text_of
 
 CHECK = "Generate Method"
-NEW = 12
+NEW, LONG = 12, 64
+SEEDS = range(1, 7)
 
 
 def generate(ask, rows, **parameters):
@@ -29,33 +30,38 @@ def until_special(ids: list[int], special: set[int]) -> list[int]:
 
 
 def test_cached_generation_equals_argmax_of_the_full_forward(ask, facts, probes):
-    special = set(facts["special_ids"])
-    compared = 0
-    for number, row in enumerate(prompts(probes)):
-        [ids] = generate(ask, [row])
-        ids = until_special(ids, special)
-        assert ids, f"prompt {number}: nothing was generated for max_new_tokens={NEW}"
-        # One full pass over prompt and answer gives every step's prediction without a cache.
-        [logits] = forward(ask, facts, [continued(row, ids[:-1])], padding="none")
-        steps = logits[len(text_of(row)) - 1 :]
-        for step, (token, margin, best) in enumerate(
-            zip(ids, margins(steps), steps.argmax(axis=-1), strict=True)
-        ):
-            if margin <= DECISIVE:
-                break  # a tie: from here the two may go different ways, both rightly
-            compared += 1
-            assert token == best, (
-                f"prompt {number}, step {step}: generate chose id {token}, a full forward pass over the "
-                "same tokens "
-                f"chooses {int(best)} (margin {margin:.1e}). "
-                + (
-                    "Is the prompt's last position read?"
-                    if step == 0
-                    else "Are the cache, its positions or its mask off by one?"
-                )
-            )
-    if not compared:
+    rows = prompts(probes)
+    if not sum(compared(ask, facts, row, f"prompt {number}", NEW) for number, row in enumerate(rows)):
         pytest.skip("no step had a clear winner among the logits, so nothing could be compared")
+
+
+def test_a_long_generation_equals_argmax_of_the_full_forward(ask, facts, probes):
+    row = prompts(probes)[0]
+    room = (facts["max_positions"] or LONG + NEW) - facts["image_tokens"] - len(text_of(row))
+    if not compared(ask, facts, row, "a long generation", min(LONG, room)):
+        pytest.skip("no step had a clear winner among the logits, so nothing could be compared")
+
+
+def compared(ask, facts, row: dict, what: str, count: int) -> int:
+    """Steps at which the greedy choice was held against the full forward; those near a tie say nothing."""
+    [ids] = generate(ask, [row], max_new_tokens=count)
+    ids = until_special(ids, set(facts["special_ids"]))
+    assert ids, f"{what}: nothing was generated for max_new_tokens={count}"
+    # One full pass over prompt and answer gives every step's prediction without a cache.
+    [logits] = forward(ask, facts, [continued(row, ids[:-1])], padding="none")
+    steps = logits[len(text_of(row)) - 1 :]
+    clear = margins(steps) > DECISIVE
+    for step, (token, best) in enumerate(zip(ids, steps.argmax(axis=-1), strict=True)):
+        assert token == best or not clear[step], (
+            f"{what}, step {step}: generate chose id {token}, a full forward pass over the same tokens "
+            f"chooses {int(best)} (margin {margins(steps)[step]:.1e}). "
+            + (
+                "Is the prompt's last position read?"
+                if step == 0
+                else "Are the cache, its positions or its mask off by one?"
+            )
+        )
+    return int(clear.sum())
 
 
 def test_prompts_of_different_length_generate_what_they_generate_alone(ask, facts, probes):
@@ -76,10 +82,10 @@ def test_prompts_of_different_length_generate_what_they_generate_alone(ask, fact
             break
 
 
-@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
-def test_generated_ids_are_inside_the_vocabulary(ask, facts, probes, greedy):
-    size = facts["vocab_size"]
-    for row, ids in zip(prompts(probes)[:1], generate(ask, prompts(probes)[:1], greedy=greedy), strict=True):
+@pytest.mark.parametrize("how", ["greedy", "sampled"])
+def test_generated_ids_are_inside_the_vocabulary(ask, facts, probes, how):
+    size, rows = facts["vocab_size"], prompts(probes)[:1]
+    for row, ids in zip(rows, generate(ask, rows, greedy=how == "greedy"), strict=True):
         outside = [str(i) for i in ids if not (isinstance(i, int) and 0 <= i < size)]
         assert not outside, (
             f"generated ids outside the vocabulary of {size}: {named(outside)} (prompt {text_of(row)})"
@@ -111,6 +117,36 @@ def test_sampling_with_the_same_seed_repeats(ask, probes):
         f"seed 7 gave {first} and then {second}. Is something drawn from a generator that "
         "torch.manual_seed does not reach?"
     )
+
+
+def test_sampling_is_not_greedy_under_another_name(ask, facts, probes):
+    rows = prompts(probes)
+    greedy = generate(ask, rows)
+    if any(generate(ask, rows, greedy=False, seed=seed) != greedy for seed in SEEDS):
+        return
+    logits = np.concatenate([values[-1:] for values in forward(ask, facts, rows, padding="none")])
+    sure = 1 / np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
+    if sure.min() > 0.9:
+        pytest.skip("the model is so sure of every next token that sampling would hardly choose another")
+    raise AssertionError(
+        f"sampling with {len(SEEDS)} seeds gives {len(rows)} prompts exactly their greedy text, although the "
+        f"likeliest next token has a probability of only {sure.min():.2f}: is the switch for sampling ignored?"
+    )
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_generating_changes_no_weight_and_no_mode(ask, probes, mode):
+    row = prompts(probes)[0]
+    for greedy in (True, False):
+        reply = ask("generate", rows=[row], max_new_tokens=4, greedy=greedy, train=mode == "train")
+        assert not reply["changed"], (
+            f"generate changed {len(reply['changed'])} tensors of the state dict: {named(reply['changed'])}. "
+            "A checkpoint saved after it would be another model"
+        )
+        assert reply["mode_kept"], (
+            f"generate in {mode} mode left modules in another mode: put back what it was, or training goes on "
+            "without dropout"
+        )
 
 
 def test_generating_leaves_the_model_as_it_was(ask, facts, probes):

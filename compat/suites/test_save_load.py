@@ -52,3 +52,16 @@ def test_saved_names_are_the_model_s_own(ask, probes):
     known = set(ask("state_dict")["keys"])
     strange = [name for name in saved(ask, probes)["keys"] if name not in known]
     assert not strange, f"tensors are saved under names that state_dict() does not have: {named(strange)}"
+
+
+def test_loading_keeps_ties_and_what_is_trained(ask, probes):
+    reply = saved(ask, probes)
+    before, after = reply["ties_before"], reply["ties_after"]
+    assert before == after, (
+        f"one tensor under several names before saving: {before or 'none'}; after loading: {after or 'none'}. "
+        "Weights that were one drift apart in training (or the other way round): tie them again after loading"
+    )
+    was, now = reply["trainable_before"], reply["trainable_after"]
+    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    other = [f"{name} ({was.get(name)} -> {now.get(name)})" for name in changed]
+    assert not other, f"requires_grad of {len(other)} parameters is another after loading: {named(other)}"

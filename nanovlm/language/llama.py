@@ -1,7 +1,9 @@
 """Llama-style decoder, as SmolLM2 uses it.
 
 Unusual: it takes embeddings, not ids, so that image features can stand among them; the head is tied to the
-embedding in the published models; a vocabulary extended by extra tokens keeps the file's rows first.
+embedding in the published models; a vocabulary extended by extra tokens keeps the file's rows first. A block
+is written twice: as modules, and as the function ``layer_step`` for one token behind a cache, where calling
+modules costs a small model more than its attention does. It is also what ``compile_step`` compiles.
 Source: https://arxiv.org/abs/2502.02737; parity-checked against transformers.
 
 B rows, T positions, D width, H query heads, K key/value heads.
@@ -9,15 +11,16 @@ B rows, T positions, D width, H query heads, K key/value heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.cache import KVCache
 from nanovlm.config import VLMConfig
-from nanovlm.layers import RMSNorm, RotaryEmbedding, attend, draw_weights, rotate
+from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, attend, draw_weights, linear
 from nanovlm.weights import ROWS, Rule
 
 
@@ -26,34 +29,35 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
-        self.head_dim, self.dropout = cfg.lm_head_dim, cfg.lm_dropout
-        self.q_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(cfg.lm_n_heads * self.head_dim, cfg.lm_hidden_dim, bias=False)
+        self.n_heads, self.n_kv_heads, self.head_dim = cfg.lm_n_heads, cfg.lm_n_kv_heads, cfg.lm_head_dim
+        self.dropout = cfg.lm_dropout
+        self.q_proj = Linear(cfg.lm_hidden_dim, cfg.lm_n_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
+        self.out_proj = Linear(cfg.lm_n_heads * self.head_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (
-            p(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        H, K, D = self.n_heads, self.n_kv_heads, self.head_dim
+        # q and k are turned as one tensor: a token costs a small model as much in calls as in arithmetic
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, H + K, D).transpose(1, 2)
+        q, k = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).split((H, K), dim=1)
+        v = self.v_proj(x).view(B, T, K, D).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        x = attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1)
-        return F.dropout(self.out_proj(x), dropout)
+        x = self.out_proj(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1))
+        return F.dropout(x, dropout) if dropout else x
 
 
 class MLP(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
+        self.gate_proj = Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.up_proj = Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.down_proj = Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -72,6 +76,50 @@ class Block(nn.Module):
     ) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, mask, cache, layer)
         return x + self.mlp(self.norm2(x))
+
+
+PLAIN = (nn.ModuleList, Block, Attention, MLP, RMSNorm, Linear)
+
+
+def layer_weights(blocks: nn.ModuleList) -> list[tuple[Tensor, ...]] | None:
+    """What ``layer_step`` takes, of every layer; None where a module was replaced or is hooked."""
+    if any(type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks for m in blocks.modules()):
+        return None
+    return [
+        (
+            block.norm1.weight,
+            *(p.weight for p in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)),
+            block.attn.out_proj.weight,
+            block.norm2.weight,
+            *(p.weight for p in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)),
+        )
+        for block in blocks
+    ]
+
+
+def layer_step(
+    x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, at: Tensor, eps: float,
+    norm1: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm2: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+) -> Tensor:  # fmt: skip
+    """Block.forward of one token a row: x (B, D), cos and sin (B, 1, C) -> (B, D).
+
+    Its key and value go into keys and values (B, K, S, C) at position ``at`` (1,); mask (B or 1, 1, 1, S).
+    """
+    B, (K, C) = len(x), (keys.shape[1], keys.shape[3])
+    y = F.rms_norm(x, norm1.shape, norm1, eps)
+    qk = torch.cat((linear(y, q), linear(y, k)), dim=-1).view(B, -1, C)
+    qk = torch.addcmul(qk * cos, qk.roll(C // 2, -1), sin)
+    keys.index_copy_(2, at, qk[:, -K:, None])
+    values.index_copy_(2, at, linear(y, v).view(B, K, 1, C))
+    x = x + linear(attend(qk[:, :-K, None], keys, values, mask).reshape(B, -1), out)
+    y = F.rms_norm(x, norm2.shape, norm2, eps)
+    return x + linear(F.silu(linear(y, gate)) * linear(y, up), down)
+
+
+class Cache(KVCache):
+    """It keeps the layers' weights at hand, too: to look them up again at every token takes a while."""
+
+    weights: list[tuple[Tensor, ...]] | None = None
 
 
 class Llama(nn.Module):
@@ -106,10 +154,11 @@ class Llama(nn.Module):
         self.rotary_embd = RotaryEmbedding(cfg.lm_head_dim, cfg.lm_re_base, cfg.lm_attn_scaling)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.lm_n_blocks))
         self.norm = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
-        self.head = nn.Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
+        self.head = Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
         if cfg.lm_tie_weights:
             self.head.weight = self.token_embedding.weight
         self.apply(draw_weights)
+        self.compiled_step: Callable[..., Tensor] | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, D)."""
@@ -124,15 +173,45 @@ class Llama(nn.Module):
         the caller advances it by T afterwards.
         """
         cos, sin = self.rotary_embd(position_ids, embeds.dtype)
+        low, high = sin.chunk(2, dim=-1)
+        sin = torch.cat((-low, high), dim=-1)  # rotate's minus sign, taken once for all layers
+        if embeds.shape[1] == 1 and isinstance(cache, Cache) and cache.weights and not torch.is_grad_enabled():
+            return self._step(embeds, cos, sin, mask, cache, cache.weights)
         x = embeds
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, cache, layer)
         return self.norm(x)
 
+    def _step(
+        self, embeds: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, weights: list
+    ) -> Tensor:
+        """``forward`` of one token a row."""
+        x, cos, sin, end = embeds[:, 0], cos[:, 0], sin[:, 0], cache.length + 1
+        at = torch.tensor([cache.length], device=x.device)
+        layers: Iterable[tuple[Tensor, Tensor]] = cache.layers
+        if self.compiled_step is None:
+            step, layers = layer_step, ((k.narrow(2, 0, end), v.narrow(2, 0, end)) for k, v in layers)
+        else:
+            # the whole cache, whose shape never changes, and a mask over what is in use
+            step, seen = self.compiled_step, torch.arange(cache.capacity, device=x.device) < end
+            mask = seen[None, None, None] if mask is None else F.pad(mask, (0, cache.capacity - end))
+        for (keys, values), tensors in zip(layers, weights, strict=True):
+            x = step(x, cos, sin, mask, keys, values, at, self.cfg.lm_rms_eps, *tensors)
+        return self.norm(x)[:, None]
+
+    def compile_step(self) -> None:
+        """Compile what one token goes through; the first one then takes half a minute.
+
+        Each batch size and each 256 positions of cache compile anew, a token or a layer does not.
+        """
+        self.compiled_step = torch.compile(layer_step, dynamic=False, fullgraph=True)
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for ``batch`` rows of at most ``capacity`` positions."""
+        """An empty cache for ``batch`` rows of at least ``capacity`` positions."""
         weight = self.norm.weight
-        return KVCache(
+        if self.compiled_step is not None:
+            capacity = -(-capacity // 256) * 256
+        cache = Cache(
             len(self.blocks),
             batch,
             self.cfg.lm_n_kv_heads,
@@ -141,6 +220,9 @@ class Llama(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
         )
+        if not (self.training and self.cfg.lm_dropout):
+            cache.weights = layer_weights(self.blocks)
+        return cache
 
     @staticmethod
     def hub_fields(config: Mapping[str, Any]) -> dict[str, Any]:

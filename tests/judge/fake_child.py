@@ -136,6 +136,13 @@ class FakeChild:
         state, out, pictures = np.zeros(WIDTH), [], list(row["images"])
         if self.fault == "picture order is lost":
             pictures.sort()
+        if self.fault == "the first picture stands for all":
+            pictures = pictures[:1] * len(pictures)
+        if self.fault == "the last picture stands for all":
+            pictures = pictures[-1:] * len(pictures)
+        if self.fault == "pictures go to the places in reverse":
+            pictures.reverse()
+        past: list[np.ndarray] = []
         text = [token for token in row["tokens"] if token != -1]
         for token in row["tokens"]:
             seen = (
@@ -146,7 +153,8 @@ class FakeChild:
             if token != -1 and self.fault == "ids are ignored":
                 seen = EMBED[0] * len(out)
             state = 0.7 * state + seen
-            shown = state + neighbour + self.drift
+            past = [*past, seen][-(32 if self.fault == "only a window is seen" else MAX_POSITIONS * 2) :]
+            shown = state + 0.05 * sum(past) + neighbour + self.drift
             if self.fault == "the future is seen":
                 shown = shown + 0.01 * EMBED[text[-1]]
             if self.fault == "padding leaks":
@@ -157,7 +165,9 @@ class FakeChild:
                 out.append(np.tanh(shown @ MIX) @ HEAD)
         if self.fault == "dropout in eval":
             self.drift += 1e-3
-        return np.array(out, dtype=np.float32)
+        values = np.array(out, dtype=np.float32)
+        values[:, [PAD, IMAGE_ID, BOS]] = -4.0
+        return values
 
     def answer_forward(self, rows, padding="left", train=False):
         longest = max(len(row["tokens"]) for row in rows)
@@ -181,7 +191,7 @@ class FakeChild:
             reply["loss"] = total / count
         return reply
 
-    def answer_generate(self, rows, max_new_tokens, greedy=True, seed=0, eos=None, padding="left"):
+    def answer_generate(self, rows, max_new_tokens, greedy=True, seed=0, eos=None, padding="left", train=False):
         if self.fault == "sampling is not seeded":
             seed += len(self.calls)
         eos = EOS if eos is None else eos
@@ -192,8 +202,9 @@ class FakeChild:
                 tokens = [*row["tokens"], *ids]
                 if self.fault == "the cache is off by one" and len(ids) > 1:
                     tokens.pop(-2)
+                if self.fault == "the cache forgets late" and len(ids) > 16:
+                    tokens = tokens[8:]
                 shown = self.logits({**row, "tokens": tokens}, longest - len(row["tokens"]))[-1].astype(float)
-                shown[[PAD, IMAGE_ID, BOS]] = -9.0
                 weight = np.exp(3 * (shown - shown.max()))
                 token = int(shown.argmax()) if greedy else int(draw.choice(VOCAB, p=weight / weight.sum()))
                 ids.append(token)
@@ -202,7 +213,9 @@ class FakeChild:
             out.append(ids)
         if self.fault == "generate changes the model":
             self.drift += 0.01
-        return {"ids": out}
+        if self.fault == "the first end ends all":
+            out = [ids[: min(map(len, out))] for ids in out]
+        return {"ids": out, "changed": [], "mode_kept": True}
 
     # --- the rest, scripted -------------------------------------------------------------------------------
 
@@ -229,6 +242,10 @@ class FakeChild:
             "keys": list(state_dict()["keys"]),
             "missing": [],
             "unexpected": [],
+            "ties_before": [["decoder.head.weight", "decoder.token_embedding.weight"]],
+            "ties_after": [["decoder.head.weight", "decoder.token_embedding.weight"]],
+            "trainable_before": {name: True for name in state_dict()["keys"]},
+            "trainable_after": {name: True for name in state_dict()["keys"]},
             "config_before": values,
             "config_after": dict(values),
             **logits,
@@ -279,6 +296,10 @@ class FakeChild:
             "image_tokens": [IMAGE_TOKENS * pictures] * len(turns),
             "features": [IMAGE_TOKENS * pictures] * len(turns),
             "batch_keys": ["input_ids", "labels", "images", "attention_mask"],
+            "ids": [[PAD, PAD, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15]],
+            "labels": [[-100, -100, -100, 8, 9, -100], [-100, -100, 13, 14, 15, -100]],
+            "attention_mask": [[0, 0, 1, 1, 1, 1], [1] * 6],
+            "pad_id": PAD,
         }
 
     def answer_train_config(self):

@@ -89,7 +89,28 @@ def train_loss(value):
 
 def generated(change):
     """Changes that rewrite each row of generated ids by change(ids, parameters)."""
-    return {"generate": lambda reply, parameters: {"ids": [change(ids, parameters) for ids in reply["ids"]]}}
+    def rewritten(reply, parameters):
+        return {**reply, "ids": [change(ids, parameters) for ids in reply["ids"]]}
+
+    return {"generate": rewritten}
+
+
+def in_mode(train: bool, **values):
+    """Changes to what generate says of the model, in one mode."""
+    return {"generate": lambda reply, p: {**reply, **(values if p.get("train", False) == train else {})}}
+
+
+def always_greedy(reply, parameters):
+    return reply if parameters["greedy"] else FakeChild().ask("generate", **{**parameters, "greedy": True})
+
+
+def other_in_train(reply, parameters):
+    return {**reply, "logits.0": reply["logits.0"] * (1.01 if parameters.get("train") else 1)}
+
+
+def padded_train_loss(reply, parameters):
+    off = parameters.get("train") and len(parameters["rows"]) == 2 and parameters["padding"] == "left"
+    return {**reply, "loss": reply["loss"] + 0.1} if off else reply
 
 
 def padded_generate(ids, parameters):
@@ -137,25 +158,33 @@ DESERVED = {
         "another picture changes the logits": "pictures are ignored",
         "rows do not depend on their neighbours or order": "rows leak",
         "the same call twice gives the same logits": "dropout in eval",
+        "train mode without dropout gives what eval mode gives": {"forward": other_in_train},
     },
     "generate": {
         "cached generation equals argmax of the full forward": "the cache is off by one",
+        "a long generation equals argmax of the full forward": "the cache forgets late",
         "prompts of different length generate what they generate alone": generated(padded_generate),
-        "generated ids are inside the vocabulary (True)": generated(
+        "generated ids are inside the vocabulary (greedy)": generated(
             lambda ids, p: [*ids[:-1], VOCAB] if p["greedy"] else ids
         ),
-        "generated ids are inside the vocabulary (False)": generated(
+        "generated ids are inside the vocabulary (sampled)": generated(
             lambda ids, p: ids if p["greedy"] else [*ids[:-1], -1]
         ),
         "no more than max new tokens come": generated(lambda ids, p: [*ids, TEXT]),
         "max new tokens zero gives nothing": generated(lambda ids, p: ids or [TEXT]),
         "sampling with the same seed repeats": "sampling is not seeded",
+        "sampling is not greedy under another name": {"generate": always_greedy},
+        "generating changes no weight and no mode (eval)": in_mode(False, changed=["MP.proj.weight"]),
+        "generating changes no weight and no mode (train)": in_mode(True, mode_kept=False),
         "generating leaves the model as it was": "generate changes the model",
     },
     "backward": {
         "every trainable parameter gets a gradient": put("gradients", "grads", "MP.proj.weight", value=None),
         "every gradient is finite": put("gradients", "grads", "MP.proj.weight", value=math.inf),
         "no part of the model is cut off": put("gradients", "grads", "MP.proj.weight", value=0.0),
+        "no matrix has a gradient of zero": put(
+            "gradients", "grads", "decoder.blocks.0.attn.weight", value=0.0
+        ),
         "frozen parameters get no gradient": put("gradients", "frozen", value=["MP.proj.weight"]),
         "loss in train mode is a number": put("gradients", "loss", value=math.nan),
         "twenty steps on one batch learn it": put(
@@ -172,6 +201,7 @@ DESERVED = {
         "saved names are the model's own": put(
             "save_load", "keys", via=lambda old: ["model." + name for name in old]
         ),
+        "loading keeps ties and what is trained": put("save_load", "ties_after", value=[]),
     },
     "tokenizer": {
         "decoding gives the text back": put(
@@ -219,6 +249,10 @@ DESERVED = {
         "a row without a picture gives numbers": "pictures are ignored",
         "text only and pictured rows share a batch": "padding leaks",
         "several pictures keep their order": "picture order is lost",
+        "every picture of a row counts": "the first picture stands for all",
+        "a picture changes only the text after it": "pictures go to the places in reverse",
+        "a longest row still sees its beginning": "only a window is seen",
+        "a row that ends early leaves the others their length": "the first end ends all",
         "a split picture has the tiles of its grid": put("process_image", "pictures", 1, "tiles", value=2),
         "every picture has a token for every feature": put(
             "process_image", "pictures", 2, "features", via=lambda old: old + 1
@@ -232,6 +266,8 @@ DESERVED = {
     "data": {
         "every row is supervised": put("data", "supervised", 1, value=0),
         "labels are the assistant's words": put("data", "labels_text", 0, via=lambda old: old[1:]),
+        "every label is the next token": put("data", "labels", 1, value=[-100, -100, 12, 13, 14, -100]),
+        "padding is masked and teaches nothing": put("data", "attention_mask", 0, value=[1] * 6),
         "image tokens match the features": put("data", "image_tokens", 0, via=lambda old: old - 1),
         "the batch has ids labels and pictures": put("data", "batch_keys", value=["input_ids", "labels"]),
     },
@@ -344,6 +380,18 @@ ALSO = [
         generated(lambda ids, p: ids if p["eos"] == 0 else [*ids, TEXT, BOS]),
     ),
     ("data", "image tokens match the features", put("data", "image_tokens", value=[0, 0])),
+    ("data", "every label is the next token", put("data", "labels", 1, 5, value=15)),
+    ("data", "padding is masked and teaches nothing", put("data", "attention_mask", 1, 0, value=0)),
+    ("data", "padding is masked and teaches nothing", put("data", "labels", 0, 0, value=0)),
+    ("edge_cases", "every picture of a row counts", "the last picture stands for all"),
+    ("edge_cases", "a picture changes only the text after it", "the last picture stands for all"),
+    ("forward", "train mode without dropout gives what eval mode gives", {"forward": padded_train_loss}),
+    ("save_load", "loading keeps ties and what is trained", put("save_load", "trainable_after", value={})),
+    (
+        "generate",
+        "generating changes no weight and no mode (eval)",
+        in_mode(False, mode_kept=False),
+    ),
     ("data", "every row is supervised", put("data", "rows", value=0)),
     ("backbones", "backbones load", put("backbones", "total", value=0)),
     ("vram", "peak of a forward pass holds the weights", put("memory", "peak_bytes", value=0)),
@@ -412,5 +460,8 @@ def test_a_model_that_insists_on_pictures_and_knows_no_mask_is_asked_the_rest():
         "a row without a picture gives numbers",
         "text only and pictured rows share a batch",
         "several pictures keep their order",
+        "every picture of a row counts",
+        "a picture changes only the text after it",
         "after the end token nothing else follows",
+        "a row that ends early leaves the others their length",
     }

@@ -12,7 +12,7 @@ import inspect
 import torch
 
 from .. import hub, probe
-from ..protocol import NotSupported, theirs
+from ..protocol import NotSupported, Unaskable, theirs
 
 # Values that satisfy the divisibility rules of every nanoVLM layout at once; fields a config lacks are left out.
 TINY = {
@@ -60,8 +60,16 @@ class Adapter:
             )  # threads of a busy machine wait for each other 30 times longer than tiny sums take
         self.check_combo()
         self.config = self.build_config()
-        with theirs():
-            self.model = self.build_model(self.config).to(device).eval()
+        try:
+            with theirs():
+                self.model = self.build_model(self.config).to(device).eval()
+        except Exception as error:
+            if asks_hub(error):
+                raise Unaskable(
+                    "the model cannot be built without the Hub: its constructor asks for files that the offline "
+                    f"stand-in does not have ({' '.join(str(error).split())[:200]})"
+                ) from None
+            raise
         self.not_finite = [
             name for name, tensor in self.model.state_dict().items()
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
@@ -115,7 +123,7 @@ class Adapter:
         parameters = inspect.signature(self.subject.model_class.__init__).parameters
         flags = {
             name: load_backbone for name, p in parameters.items()
-            if isinstance(p.default, bool) and ("load" in name or "pretrained" in name)
+            if isinstance(p.default, bool) and any(word in name for word in ("load", "pretrained", "backbone"))
         }  # fmt: skip
         return self.subject.model_class(config, **flags)
 
@@ -219,7 +227,8 @@ class Adapter:
             "several_images": self.dialect not in ("single_image",),
             "greedy": self.parameter_of("generate", ("greedy", "do_sample")) is not None,
             "attention_mask": self.parameter_of("forward", ("attention_mask",)) is not None,
-            "eos": "eos" in source,
+            # A model that holds a tokenizer knows where an answer ends, whatever its code makes of it.
+            "eos": self.dialect != "single_image" or "eos" in source,
         }
 
     # -- batches ----------------------------------------------------------------------------------------
@@ -239,7 +248,9 @@ class Adapter:
             mask_rows.append([0] * left + [1] * len(ids) + [0] * right)
             text.append([left + i for i in where])
         labelled = any(label != -100 for row in label_rows for label in row)
-        mask = torch.tensor(mask_rows, device=self.device) if needs or padding in ("left", "right") else None
+        # Rows of one length need no mask; a model that takes one gets it all the same, as training gives it.
+        masked = needs or (padding != "none" and self.takes["attention_mask"])
+        mask = torch.tensor(mask_rows, device=self.device) if masked else None
         return Batch(
             torch.tensor(ids_rows, device=self.device),
             mask,
@@ -408,6 +419,15 @@ class Adapter:
             yield
         finally:
             self.tokenizer.eos_token = before
+
+
+def asks_hub(error):
+    """Whether an exception came about because a file was not in the offline cache."""
+    while error is not None:
+        if any(cls.__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") for cls in type(error).__mro__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
