@@ -335,14 +335,13 @@ def is_lock_file(text: str) -> bool:
 def made_lock(text: str, combo: Combo, scale: str, options: argparse.Namespace) -> dict:
     """The lock of a target, through a child of its own. Raises TargetError, CouldNotAsk, LockFailed."""
     from compat import lock
-    from compat.plugin import run_limit_s
     from compat.process import Child
     from compat.target import resolve
 
     target = resolve(text)
     print(f"compat: asking {target.label}", file=sys.stderr)
     told = {"python": options.python, "timeout_s": options.timeout, "device": options.device, "scale": scale}
-    with Child(target, run_timeout_s=run_limit_s(options.timeout), **told) as child:
+    with Child(target, run_timeout_s=lock.limit_s(options.timeout, options.scale), **told) as child:
         return lock.make(child, combo, scale)
 
 

@@ -36,10 +36,11 @@ def test_cached_generation_equals_argmax_of_the_full_forward(ask, facts, probes)
 
 
 def test_a_long_generation_equals_argmax_of_the_full_forward(ask, facts, probes):
-    row = prompts(probes)[0]
-    room = (facts["max_positions"] or LONG + NEW) - facts["image_tokens"] - len(text_of(row))
-    if not compared(ask, facts, row, "a long generation", min(LONG, room)):
-        pytest.skip("no step had a clear winner among the logits, so nothing could be compared")
+    for number, row in enumerate(prompts(probes)):
+        room = (facts["max_positions"] or 2 * LONG) - facts["image_tokens"] - len(text_of(row))
+        if compared(ask, facts, row, f"prompt {number}", min(LONG, room)) > LONG // 2:
+            return  # one that did not end early is enough
+    pytest.skip(f"no text had more than {LONG // 2} steps with a clear winner, so nothing long was compared")
 
 
 def compared(ask, facts, row: dict, what: str, count: int) -> int:

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         H, K, D = self.n_heads, self.n_kv_heads, self.head_dim
         # q and k are turned as one tensor: a token costs a small model as much in calls as in arithmetic
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, H + K, D).transpose(1, 2)
-        q, k = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).split((H, K), dim=1)
+        q, k = (qk * cos + qk.roll(D // 2, -1) * sin).split((H, K), dim=1)
         v = self.v_proj(x).view(B, T, K, D).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -97,6 +97,14 @@ def layer_weights(blocks: nn.ModuleList) -> list[tuple[Tensor, ...]] | None:
     ]
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, D), weight (O, D) -> (B, O)."""
+    if len(x) == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
+        # the loop that the compiler makes of this reads weights faster than a BLAS's matrix times vector
+        return (x.float()[:, None] * weight.float()).sum(-1).to(x.dtype)
+    return linear(x, weight)
+
+
 def layer_step(
     x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, at: Tensor, eps: float,
     norm1: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm2: Tensor, gate: Tensor, up: Tensor, down: Tensor,
@@ -107,13 +115,13 @@ def layer_step(
     """
     B, (K, C) = len(x), (keys.shape[1], keys.shape[3])
     y = F.rms_norm(x, norm1.shape, norm1, eps)
-    qk = torch.cat((linear(y, q), linear(y, k)), dim=-1).view(B, -1, C)
-    qk = torch.addcmul(qk * cos, qk.roll(C // 2, -1), sin)
+    qk = torch.cat((product(y, q), product(y, k)), dim=-1).view(B, -1, C)
+    qk = qk * cos + qk.roll(C // 2, -1) * sin
     keys.index_copy_(2, at, qk[:, -K:, None])
-    values.index_copy_(2, at, linear(y, v).view(B, K, 1, C))
-    x = x + linear(attend(qk[:, :-K, None], keys, values, mask).reshape(B, -1), out)
+    values.index_copy_(2, at, product(y, v).view(B, K, 1, C))
+    x = x + product(attend(qk[:, :-K, None], keys, values, mask).reshape(B, -1), out)
     y = F.rms_norm(x, norm2.shape, norm2, eps)
-    return x + linear(F.silu(linear(y, gate)) * linear(y, up), down)
+    return x + product(F.silu(product(y, gate)) * product(y, up), down)
 
 
 class Cache(KVCache):

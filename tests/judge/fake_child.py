@@ -203,7 +203,7 @@ class FakeChild:
                 if self.fault == "the cache is off by one" and len(ids) > 1:
                     tokens.pop(-2)
                 if self.fault == "the cache forgets late" and len(ids) > 16:
-                    tokens = tokens[8:]
+                    tokens = tokens[:8]
                 shown = self.logits({**row, "tokens": tokens}, longest - len(row["tokens"]))[-1].astype(float)
                 weight = np.exp(3 * (shown - shown.max()))
                 token = int(shown.argmax()) if greedy else int(draw.choice(VOCAB, p=weight / weight.sum()))

@@ -435,7 +435,7 @@ def test_a_fault_fails_the_test_meant_for_it(suite, test, fault):
     ],
 )
 def test_what_a_question_raises_decides_whose_failure_it_is(error, status):
-    found = results(FakeChild(changes=raising("describe", error)), "forward")
+    found = results(FakeChild(changes=raising("forward", error)), "forward")
     assert {result.status for result in found.values()} == {status}
     assert all(str(error).strip("'") in result.message for result in found.values())
 
