@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("nanovlm needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % (v[0], v[1]) if v < (3, 11) else 0)'
 	@echo 'Setting up $(VENV): once, a few minutes, torch is large.' >&2
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip --disable-pip-version-check install -c constraints.txt -e '.[dev]'
+	$(RUN) pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
 compat: $(READY)

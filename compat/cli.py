@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from compat import store
@@ -181,11 +182,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (see EXIT_CODES). argparse itself exits with 2."""
     options = parser().parse_args(argv)
     try:
-        return options.call(options)
+        code = options.call(options)
+        sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, not after the exit code is set
+        return code
     except (UnknownCombo, UnknownSuite, Usage) as error:
         return complain(str(error), USAGE)
     except KeyboardInterrupt:
         return complain("interrupted before anything was answered", INCOMPLETE)
+    except BrokenPipeError:  # the reader had enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INCOMPLETE
+    except Exception as error:  # Python would exit with 1, which says that the target failed
+        traceback.print_exc()
+        return complain(f"an error of ours, no verdict on the target: {type(error).__name__}: {error}", INCOMPLETE)
 
 
 def complain(message: str, code: int) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import unicodedata
 from typing import TYPE_CHECKING
 
 from nanovlm import __version__
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--image",
         metavar="PATH",
         nargs="+",
+        action="extend",
         default=[],
         help="one or more picture files; none asks about text alone",
     )
@@ -147,6 +149,8 @@ def run_generate(options: argparse.Namespace) -> int:
     device = _device(options.device)
     torch.manual_seed(options.seed)
     model = _model(options, cfg).to(device).eval()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and _is_tiny(model):
+        torch.set_num_threads(1)  # waking a second thread costs a tiny model more than half of its work
     if options.compile:
         _compile(model)
     input_ids, pixel_values = model.prepare(pictures, options.prompt)
@@ -221,6 +225,15 @@ def _device(name: str):
     return device
 
 
+def _is_tiny(model) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) < 5_000_000
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are written out: a model's tokens must not move the user's cursor."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+
+
 class Printer:
     """A streamer that prints an answer as it grows, whole characters only."""
 
@@ -242,5 +255,5 @@ class Printer:
 
     def _print(self, text: str) -> None:
         encoding = sys.stdout.encoding or "utf-8"
-        print(text[self.shown :].encode(encoding, "replace").decode(encoding), end="", flush=True)
+        print(visible(text[self.shown :]).encode(encoding, "replace").decode(encoding), end="", flush=True)
         self.shown = len(text)

@@ -161,7 +161,7 @@ def preset(name: str, **overrides: Any) -> VLMConfig:
     """The config of a preset with some fields changed. Raises UnknownPreset, ConfigError."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UnknownPreset(f"no preset {name!r}{hint} There are: {', '.join(PRESETS)}")
     return VLMConfig.from_values({**PRESETS[name], **overrides})
 

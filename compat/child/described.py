@@ -10,7 +10,7 @@ import re
 def fields(cls):
     """{field: {"type", "default"}} of a config class; a field that must be given has no "default"."""
     from .adapters.base import config_default, field_names
-    from .session import jsonable
+    from .readings import jsonable
 
     declared = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     found = {}
@@ -33,7 +33,7 @@ def type_name(annotation):
 
 def arguments_of(function):
     """{argument: {"position", "kind", "default" if any}}, without self and cls."""
-    from .session import jsonable
+    from .readings import jsonable
 
     found = {}
     for p in inspect.signature(function).parameters.values():

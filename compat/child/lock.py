@@ -59,7 +59,7 @@ class LockQuestions:
     def ask_lock_config(self, adapter):
         """Fields as declared, and what the default config derives from them."""
         from .adapters.base import blank, config_values, field_names
-        from .session import jsonable
+        from .readings import jsonable
 
         cls = type(adapter.config)
         facts = {f"field.{name}": value for name, value in fields(cls).items()}
@@ -168,7 +168,7 @@ class LockQuestions:
     def ask_lock_special(self, adapter):
         """[token, id] of the special tokens, the config's extra ones among them."""
         from .adapters.base import config_values
-        from .session import need
+        from .readings import need
 
         tokenizer = need(adapter.tokenizer, "the model has no tokenizer and no get_tokenizer")
         found = {}
@@ -187,7 +187,7 @@ class LockQuestions:
 
     def ask_lock_text(self, adapter, text):
         """Ids of one text."""
-        from .session import encode, need
+        from .readings import encode, need
 
         tokenizer = need(adapter.tokenizer, "the model has no tokenizer and no get_tokenizer")
         with theirs():
@@ -195,7 +195,7 @@ class LockQuestions:
 
     def ask_lock_chat(self, adapter, messages):
         """Ids of one conversation through the chat template, ready for the answer."""
-        from .session import need
+        from .readings import need
 
         tokenizer = need(adapter.tokenizer, "the model has no tokenizer and no get_tokenizer")
         if not hasattr(tokenizer, "apply_chat_template"):
@@ -358,7 +358,7 @@ def safetensors_header(path):
 
 def chat_ids(tokenizer, messages):
     """Ids of a conversation through the tokenizer's own template, by whichever of the arguments it takes."""
-    from .session import encode
+    from .readings import encode
 
     taken = inspect.signature(tokenizer.apply_chat_template).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in taken.values())

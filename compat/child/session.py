@@ -6,123 +6,31 @@ the first question about a combo and kept; every question starts from the same w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import platform
-import struct
-import sys
 import tempfile
-from json import dumps, loads  # bound now: the target may put others into the module
+from json import dumps  # bound now: the target may put others into the module
 
-from .discover import broken_files, discover, imported_from
 from .lock import LockQuestions
 from .protocol import VERSION, NotSupported, Unaskable, theirs
-from .stubs import NotInstalled, StandIns
-
-
-class Subject:
-    """The target's classes and functions, imported in its own way."""
-
-    def __init__(self, target):
-        folder = os.path.realpath(target["folder"])
-        file = target["file"] and os.path.realpath(target["file"])
-        if target["module"]:
-            self.found = self.named(folder, target["module"], target["cls"])
-        else:
-            self.found = discover(folder, cls=target["cls"], file=file)
-        if self.found is None:
-            raise Unaskable(f"{not_found(target['cls'], file)}{unread(folder)}")
-        if self.found.config is None:
-            raise Unaskable(
-                f"{self.found.model.module}:{self.found.model.name} looks like a model, but no config class with "
-                f"fields such as vit_hidden_dim and lm_hidden_dim was found beside it{unread(folder)}"
-            )
-        root = self.found.root
-        if root not in sys.path:
-            sys.path.insert(0, root)
-        os.chdir(root)
-        self.stand_ins = StandIns(root)
-        self.stand_ins.install()
-        try:
-            self.model_class = self.load(self.found.model)
-            self.config_class = self.load(self.found.config)
-        except NotInstalled as error:
-            raise Unaskable(f"the target cannot be imported: it {error}") from None
-        except ModuleNotFoundError as error:
-            missing = [p for p in target["missing"] if p.startswith((error.name or "?").replace(".", "/"))]
-            why = f"; {missing[0]} is missing from the repository's objects" if missing else ""
-            raise Unaskable(f"the target cannot be imported: no module named '{error.name}'{why}") from None
-
-    def named(self, folder, module, cls):
-        """Found for an importable ``module:cls``; its config class is looked for in the same package."""
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-        top = module.partition(".")[0]
-        spec = importlib.util.find_spec(top)
-        if spec is None or not (spec.submodule_search_locations or spec.origin):
-            raise Unaskable(f"no module named '{top}' can be imported from {folder}")
-        package = list(spec.submodule_search_locations or [os.path.dirname(spec.origin)])[0]
-        root = os.path.dirname(package) if spec.submodule_search_locations else package
-        path = os.path.join(root, *module.split("."))
-        path = os.path.join(path, "__init__.py") if os.path.isdir(path) else path + ".py"
-        if not os.path.isfile(path):
-            raise Unaskable(f"no module named '{module}' can be imported from {folder}")
-        around = root if root == folder else package  # of an installed package's neighbours none matters
-        origin = path, cls
-        for _ in range(8):  # a module may only pass on a class that another file defines
-            found = origin and discover(around, cls=origin[1], file=origin[0], root=root)
-            if found or origin is None:
-                break
-            origin = imported_from(*origin, root)
-        found = found or discover(around, cls=cls, root=root)  # passed on in a way that only running it would tell
-        if found is None:
-            raise Unaskable(f"module {module} defines no class {cls}")
-        return found
-
-    @staticmethod
-    def load(place):
-        """Import a Place(module, name)."""
-        with theirs():
-            return getattr(importlib.import_module(place.module), place.name)
-
-    def function(self, name):
-        """The target's function of that name nearest to the model, imported; None when there is none."""
-        places = self.found.functions.get(name)
-        return self.load(min(places, key=self.nearness)) if places else None
-
-    def classes(self, *names):
-        """The target's classes of the first of ``names`` it defines, imported; None when there is none."""
-        for name in names:
-            if places := self.found.classes.get(name):
-                return self.load(min(places, key=self.nearness))
-        return None
-
-    def nearness(self, place):
-        """Sort key: a sibling package of the model's comes before scripts and copies elsewhere."""
-        shared = os.path.commonprefix([place.module.split("."), self.found.model.module.split(".")])
-        return -len(shared), place.module.count("."), place.module
-
-
-def not_found(cls, file):
-    """Why discovery came back with nothing, as the start of a sentence."""
-    if cls:
-        return f"no class {cls} is defined in {os.path.basename(file)}"
-    return (
-        "this folder holds no nanoVLM-style model: no class with a forward(input_ids, image or images, ...) "
-        "and a generate was found"
-    )
-
-
-def unread(folder):
-    """The files that may have held it but are no Python to this interpreter, as the end of that sentence."""
-    broken = broken_files(folder)
-    return f"; not readable as Python {platform.python_version()}: {'; '.join(broken[:3])}" if broken else ""
-
+from .readings import (
+    contains,
+    encode,
+    fingerprints,
+    jsonable,
+    need,
+    same_vocabulary,
+    saved_keys,
+    shared_storage,
+    signatures,
+    special_ids,
+    version,
+)
+from .subject import Subject
 
 WITHOUT_MODEL = ("train_config", "lock_train_config", "lock_scripts")
 
@@ -176,7 +84,7 @@ class Session(LockQuestions):
 
     def notes(self):
         """What a reader of the results should know of how they came about."""
-        notes = []
+        notes = [f"judged {self.places()['model_class']}, config {self.places()['config_class']}"]
         if self.subject.stand_ins.used:
             notes.append(
                 "not installed, only mentioned by the target: " + ", ".join(sorted(self.subject.stand_ins.used))
@@ -323,9 +231,7 @@ class Session(LockQuestions):
             losses.append(adapter.loss(batch).item())
         return {"losses": losses}
 
-    def ask_generate(
-        self, adapter, rows, max_new_tokens, greedy=True, seed=0, eos=None, padding="left", train=False
-    ):
+    def ask_generate(self, adapter, rows, max_new_tokens, greedy=True, seed=0, eos=None, padding="left", train=False):
         """New ids a row, and what generating changed: names in the state dict, the mode of any module.
 
         Buffers outside the state dict are not compared: a cache may rightly be kept in one.
@@ -494,122 +400,3 @@ class Session(LockQuestions):
         peak_bytes, how = peak(adapter, batch, step)
         size = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
         return {"peak_bytes": int(peak_bytes), "how": how, "parameters_bytes": int(size)}
-
-
-def version(package):
-    """The installed version of a package, or None, without importing it."""
-    import importlib.metadata
-
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
-
-
-def need(value, reason):
-    """``value``, or NotSupported with the reason when it is None."""
-    if value is None:
-        raise NotSupported(reason)
-    return value
-
-
-def encode(tokenizer, text):
-    """Ids of a text from a tokenizer of any make."""
-    out = tokenizer.encode(text)
-    return getattr(out, "ids", out)
-
-
-def same_vocabulary(tokenizer, reference, texts):
-    """Whether ids mean the same to both: a tokenizer of the target's own has no file to be compared with."""
-    try:
-        return all(tokenizer.decode(reference.encode(text).ids) == text for text in texts)
-    except Exception:  # ids it never heard of
-        return False
-
-
-def special_ids(tokenizer):
-    """Ids that are no ordinary text."""
-    ids = set(getattr(tokenizer, "all_special_ids", None) or ())
-    for name in ("image_token_id", "global_image_token_id", "eos_token_id", "bos_token_id", "pad_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None:
-            ids.add(int(value))
-    return ids
-
-
-def signatures(cls):
-    """{method: [{"name", "kind", "default" if any}]} of the public calls."""
-    found = {}
-    for method in ("__init__", "forward", "generate", "from_pretrained", "save_pretrained"):
-        if hasattr(cls, method):
-            found[method] = [
-                {
-                    "name": p.name,
-                    "kind": p.kind.name.lower(),
-                    **({} if p.default is p.empty else {"default": jsonable(p.default)}),
-                }
-                for p in inspect.signature(getattr(cls, method)).parameters.values()
-                if p.name not in ("self", "cls")
-            ]
-    return found
-
-
-def fingerprints(model):
-    """{name in the state dict: text that changes with its numbers}; far smaller than a second copy of the weights."""
-    import torch
-
-    found = {}
-    for name, tensor in model.state_dict().items():
-        values = tensor.detach()
-        if not values.is_floating_point():
-            values = values.double()
-        size = torch.linalg.vector_norm(values, dtype=torch.float64)
-        found[name] = f"{tuple(tensor.shape)} {tensor.dtype} {values.sum(dtype=torch.float64).item()!r} {size.item()!r}"
-    return found
-
-
-def shared_storage(model):
-    """Groups of parameter names that are one tensor."""
-    groups = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.numel():
-            groups.setdefault((parameter.data_ptr(), tuple(parameter.shape)), []).append(name)
-    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
-
-
-def saved_keys(folder, files):
-    """(keys, aliases) of the safetensors files among ``files``, read from their headers alone."""
-    keys, aliases = [], []
-    for file in files:
-        if file.endswith(".safetensors"):
-            with open(os.path.join(folder, file), "rb") as stream:
-                header = loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-            aliases += list(header.pop("__metadata__", {}))
-            keys += list(header)
-    return keys, aliases
-
-
-def contains(held, tensor):
-    """Whether a model's tensor holds a file's tensor: equal, a block of its rows, or the same numbers reshaped."""
-    import torch
-
-    tensor = tensor.to(held.dtype)
-    if held.numel() == tensor.numel():
-        return bool(torch.equal(held.reshape(-1), tensor.reshape(-1)))
-    if held.dim() != tensor.dim() or held.shape[1:] != tensor.shape[1:] or held.shape[0] < tensor.shape[0]:
-        return False
-    rows = tensor.shape[0]
-    starts = range(0, held.shape[0] - rows + 1, rows if held.shape[0] % rows == 0 else max(1, held.shape[0] - rows))
-    return any(bool(torch.equal(held[start : start + rows], tensor)) for start in starts)
-
-
-def jsonable(value):
-    """A value as JSON can hold it; what it cannot hold becomes its repr."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    return repr(value)[:500]

@@ -101,7 +101,7 @@ def test_the_tokenizer_takes_any_text_apart_and_together():
 
 def test_a_tokenizer_of_the_target_s_own_is_not_compared_with_the_file():
     tokenizers = pytest.importorskip("tokenizers")
-    from compat.child.session import same_vocabulary
+    from compat.child.readings import same_vocabulary
 
     class Bytes:
         def decode(self, ids):

@@ -126,3 +126,12 @@ def test_the_module_runs_as_a_program(picture_file):
     assert shown.returncode == 0 and shown.stdout.startswith(b">> Generation 1: "), shown.stderr
     wrong = subprocess.run([*line[:4], "--use_preset", "nothing"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("nanovlm: no preset 'nothing'")
+
+
+def test_control_characters_of_an_answer_are_written_out_and_not_obeyed():
+    assert cli.visible("a\x1b[2Jb\x07\x7f\x9b\n\té") == "a\\x1b[2Jb\\x07\\x7f\\x9b\n\té"
+
+
+def test_every_image_flag_adds_a_picture():
+    options = cli.parser().parse_args(["generate", "--image", "a.png", "--image", "b.png", "c.png"])
+    assert options.image == ["a.png", "b.png", "c.png"]
