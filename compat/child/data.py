@@ -75,6 +75,10 @@ def run_pipeline(subject, adapter, turns, pictures):
             return collate(subject, adapter, dataset_class, collator_class, rows, process)
         except (TypeError, ValueError) as error:  # the data set unpacks a pair, or does not
             errors.append(error)
+        except Exception:
+            if drawn == pictures:
+                raise  # rows as they should be: the target's own failure
+            break
     if drawn < pictures:
         raise NotSupported("needs PIL, which is not installed, to make rows with pictures")
     raise errors[0]
