@@ -39,12 +39,14 @@ def documented() -> list[tuple[str, str]]:
 
 
 def kind(command: str) -> str:
-    """make, run (the judge asks everything), quick, or unknown."""
+    """make, run (the judge asks everything), lock (it asks nearly as much), quick, or unknown."""
     program, *arguments = shlex.split(command)
     if program == "make":
         return "make"
     if program == ".venv/bin/compat" and arguments[0] == "run" and "--help" not in arguments:
         return "run"
+    if program == ".venv/bin/compat" and arguments[0] in ("lock", "compare") and "--help" not in arguments:
+        return "lock"
     if program == ".venv/bin/python" and arguments[:2] == ["-m", "pytest"]:
         return "run"
     if program == ".venv/bin/nox":
@@ -124,6 +126,13 @@ def test_compat_understands_the_documented_arguments(arguments):
 @commands("run")
 def test_a_whole_run_ends_well(clone, command):
     assert "passed" in bash(clone, command).stdout.lower()
+
+
+@pytest.mark.slow
+@commands("lock")
+def test_locks_are_made_and_compared(clone, command):
+    said = bash(clone, command).stdout
+    assert "facts of" in said or said.startswith("IDENTICAL")
 
 
 @pytest.mark.parametrize("module", ["compat", "nanovlm"])
