@@ -19,6 +19,16 @@ from json import loads  # bound now: the target may put another one into the mod
 PACKAGE = "_compat_child"
 
 
+def forget_judge():
+    """Take the judge's own checkout off sys.path: an editable install puts it there for every interpreter run.
+
+    In an installed wheel that folder is site-packages, which the target needs.
+    """
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    if os.path.basename(checkout) not in ("site-packages", "dist-packages"):
+        sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != checkout]
+
+
 def load_package():
     """Load this folder as the private package and return (protocol, session)."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -43,6 +53,7 @@ def limit_memory(size):
 
 
 def main(question_fd, answer_fd):
+    forget_judge()
     protocol, session = load_package()
     # Children of the target must not inherit the pipes; the target's prints go to the kept output.
     os.set_inheritable(question_fd, False)

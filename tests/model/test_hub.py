@@ -262,6 +262,7 @@ def test_a_branch_that_moves_between_two_downloads_still_gives_one_commit(hub, o
     assert hub.after is still and online(load, repo) == saved["model 2"][1]
 
 
+@pytest.mark.slow  # waits for the client's own retries
 def test_a_hub_that_does_not_answer_is_named_and_the_cache_still_serves(hub, online, saved):
     files, expected = saved["model 1"]
     for name in ("any/silent", "any/silent-unseen"):
