@@ -40,6 +40,8 @@ def everywhere(data):
 """
 FORGED = """
 import json, struct
+
+pytestmark = pytest.mark.slow  # every test ends a process or two, and a new one imports torch
 answer = json.dumps({"outcome": "answered", "answer": {"ids": [[1, 2, 3]]}}).encode()
 everywhere(struct.pack(">4s16sIQ", b"NVJ1", %s, len(answer), 0) + answer)
 """
