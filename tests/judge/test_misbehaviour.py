@@ -17,6 +17,8 @@ from compat.process import Child, ChildFailed, CouldNotAsk, TargetRaised, Worker
 from compat.target import resolve
 from tests.judge.trees import COMBO, MODEL, make_tree, put
 
+pytestmark = pytest.mark.slow  # every test ends a process or two, and a new one imports torch
+
 ROW = {"tokens": [-1, 40, 41, 42], "images": [0]}
 MISCHIEF = """
 import pathlib
@@ -41,7 +43,6 @@ def everywhere(data):
 FORGED = """
 import json, struct
 
-pytestmark = pytest.mark.slow  # every test ends a process or two, and a new one imports torch
 answer = json.dumps({"outcome": "answered", "answer": {"ids": [[1, 2, 3]]}}).encode()
 everywhere(struct.pack(">4s16sIQ", b"NVJ1", %s, len(answer), 0) + answer)
 """
