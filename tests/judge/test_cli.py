@@ -145,7 +145,7 @@ def test_two_combos_share_one_session_and_one_child(here, child, capsys):
 
 
 def test_an_error_of_ours_is_exit_3_and_never_a_verdict_on_the_target(here, child, capsys, monkeypatch):
-    monkeypatch.setattr(cli.store, "save", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(store, "save", lambda *_, **__: 1 / 0)
     assert cli.main(["run", "../fork", "--suite", "forward"]) == 3
     assert "compat: an error of ours, no verdict on the target: ZeroDivisionError" in capsys.readouterr().err
 

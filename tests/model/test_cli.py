@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from nanovlm import cli
+from nanovlm.commands.generate import Printer, visible
 from tests.model.helpers import tiny_model
 
 
@@ -112,7 +113,7 @@ def test_help_shows_a_line_that_can_be_pasted(capsys):
 
 def test_characters_of_several_tokens_are_printed_whole(capsys):
     tokenizer = tiny_model().tokenizer
-    printer = cli.Printer(tokenizer, "> ")
+    printer = Printer(tokenizer, "> ")
     for token in tokenizer.encode("aé🙂b"):
         printer.put([token])
         assert "\N{REPLACEMENT CHARACTER}" not in capsys.readouterr().out.replace("> ", "")
@@ -129,7 +130,7 @@ def test_the_module_runs_as_a_program(picture_file):
 
 
 def test_control_characters_of_an_answer_are_written_out_and_not_obeyed():
-    assert cli.visible("a\x1b[2Jb\x07\x7f\x9b\n\té") == "a\\x1b[2Jb\\x07\\x7f\\x9b\n\té"
+    assert visible("a\x1b[2Jb\x07\x7f\x9b\n\té") == "a\\x1b[2Jb\\x07\\x7f\\x9b\n\té"
 
 
 def test_every_image_flag_adds_a_picture():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanovlm import VisionLanguageModel, VLMConfig, get_image_processor, get_tokenizer, preset
-from nanovlm.cli import config_of, main, parser
+from nanovlm.cli import main, parser
+from nanovlm.commands import config_of
 from nanovlm.errors import ConfigError, ImageError, ImageTokenMismatch, SourceNotFound, UnknownBackbone
 from nanovlm.images import Dynamic
 from nanovlm.presets import DINOV2, DINOV3, LANGUAGE, PRESETS, VISION, mix
