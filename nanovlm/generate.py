@@ -57,7 +57,8 @@ def generate(
     B = input_ids.shape[0]
     if max_new_tokens == 0:
         return input_ids.new_empty(B, 0)
-    embeds, valid, _ = model.embed_prompt(input_ids, images, attention_mask)
+    embeds, documents, _ = model.embed_prompt(input_ids, images, attention_mask)
+    valid = None if documents is None else documents.bool()
     T = embeds.shape[1]
     limit = model.cfg.lm_max_position_embeddings
     if T + max_new_tokens > limit:
@@ -146,17 +147,27 @@ def sample_next(
     return choices.gather(1, drawn)[:, 0]
 
 
-def position_ids(embeds: Tensor, valid: Tensor | None) -> Tensor:
-    """Positions (B, T) that count valid tokens only, so that a padded row equals its unpadded self."""
-    if valid is None:
+def position_ids(embeds: Tensor, documents: Tensor | None) -> Tensor:
+    """Positions (B, T) that count a document's own tokens only: it equals its unpadded, unpacked self.
+
+    documents (B, T): the number of each position's document, rising along a row; 0 (or False) at padding.
+    """
+    if documents is None:
         return torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-    return (valid.long().cumsum(1) - 1).clamp_(min=0)
+    before = (documents != 0).long().cumsum(1) - 1
+    number = documents.long().cummax(1).values
+    starts = torch.diff(number, dim=1, prepend=number.new_zeros(len(number), 1)) > 0
+    return (before - torch.where(starts, before, 0).cummax(1).values).clamp_(min=0)
 
 
 def pack_right(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Each row's padding moved to its front; a mask of ones becomes None."""
     if attention_mask is None or attention_mask.shape != input_ids.shape:
         return input_ids, attention_mask  # the model names a wrong shape
+    if not attention_mask.is_floating_point() and attention_mask.max() > 1:
+        raise PromptError(
+            f"attention_mask numbers {int(attention_mask.max())} documents in a row; give each a row of its own"
+        )
     valid = attention_mask.bool()
     if valid.all():
         return input_ids, None

@@ -54,6 +54,32 @@ def check_ids(cfg: VLMConfig, input_ids: Tensor, attention_mask: Tensor | None) 
         )
 
 
+def documents(cfg: VLMConfig, attention_mask: Tensor | None, batch: Pictures) -> Tensor | None:
+    """attention_mask (B, T) as the number of each position's document, 0 at padding; None if all is one.
+
+    Raises PromptError for numbers that do not rise along a row, and for packed rows that cannot be told apart.
+    """
+    if attention_mask is None:
+        return None
+    numbers = (attention_mask != 0 if attention_mask.is_floating_point() else attention_mask).long()
+    low, high = (int(value) for value in numbers.aminmax())
+    if low == high == 1:
+        return None
+    if high <= 1 and low >= 0:
+        return numbers
+    if low < 0 or bool((numbers < numbers.cummax(1).values).logical_and(numbers != 0).any()):
+        raise PromptError(
+            "attention_mask: 0 is padding, 1, 2, ... number a row's documents from left to right; "
+            f"these numbers, {low} to {high}, do not rise"
+        )
+    if cfg.image_token_id is None and len(batch):
+        raise PromptError(
+            f"attention_mask numbers {high} documents in a row, but this model puts features in front of a row, "
+            "not of a document; give each document a row of its own"
+        )
+    return numbers
+
+
 def check_targets(input_ids: Tensor, targets: Tensor) -> None:
     """Raise PromptError for targets that are no whole numbers shaped as input_ids (B, T)."""
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:

@@ -9,9 +9,12 @@ B rows, T positions, S keys, H query heads, K key/value heads, D head width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Without AVX-512 or the like, torch multiplies bf16 matrices element by element, 8 times slower than float32.
 SLOW_BF16 = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -110,15 +113,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     )
 
 
-def causal_mask(valid: Tensor) -> Tensor:
-    """valid (B, T), False at padding -> (B, 1, T, T): each position sees the valid ones up to itself.
+def causal_mask(documents: Tensor) -> Tensor:
+    """documents (B, T), the number of each position's document, 0 (or False) at padding -> (B, 1, T, T).
 
-    Padding sees itself: a row of the softmax without any key would be NaN, and 0 * NaN would spread.
+    Each position sees its own document up to itself. Padding sees padding: a row of the softmax without any
+    key would be NaN, and 0 * NaN would spread.
     """
-    T = valid.shape[1]
-    past = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=valid.device)
-    return (past & valid[:, None, None, :]) | itself
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
+
+
+class Stack(nn.Module):
+    """A backbone, with ``recompute``: whether training keeps the inputs of a block alone.
+
+    The rest is computed again in the backward pass: a third more time, for a fraction of the activations.
+    """
+
+    recompute = False
+
+    def through(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """block(*inputs)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def draw_weights(module: nn.Module) -> None:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from nanovlm import checkpoint, generate, hub, inputs, registry, weights
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, NoLabels, PromptTooLong
-from nanovlm.layers import causal_mask
+from nanovlm.layers import Linear, causal_mask
+from nanovlm.loss import cross_entropy, linear_cross_entropy
 from nanovlm.projector import ModalityProjector
 
 log = logging.getLogger(__name__)
 IGNORE_INDEX = -100
-LOSS_CHUNK = 1024  # rows of logits whose softmax is in memory at once
 
 
 class VisionLanguageModel(nn.Module):
@@ -58,20 +58,24 @@ class VisionLanguageModel(nn.Module):
         images: Any,
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        *,
+        want_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """input_ids (B, T) and their pictures -> (logits, loss).
 
         images: None, tiles (N, 3, S, S), a list of tiles or of stacks of them, or one such list a row.
-        attention_mask (B, T): 0 at padding, on any side. targets (B, T): the next id of each position, -100
-        where none counts; they are shifted already, as upstream's dataset does.
+        attention_mask (B, T): 0 at padding, on any side; where a row packs several documents, the number of
+        each, 1 and up, at its own positions: no document sees another. targets (B, T): the next id of each
+        position, -100 where none counts; they are shifted already, as upstream's dataset does.
 
         Without targets: logits (B, T, V), of the text alone even where features stand before it; and None.
-        With targets: logits (n_labelled, V) in the order of ``targets[targets != -100]``; and the mean loss.
-        Raises ImageTokenMismatch, ImageError, PromptTooLong, NoLabels.
+        With targets: logits (n_labelled, V) in the order of ``targets[targets != -100]``, or None unless
+        ``want_logits``, which costs their memory; and the mean loss.
+        Raises ImageTokenMismatch, ImageError, PromptError, PromptTooLong, NoLabels.
         """
-        embeds, valid, front = self.embed_prompt(input_ids, images, attention_mask)
-        mask = None if valid is None else causal_mask(valid)
-        hidden = self.decoder(embeds, generate.position_ids(embeds, valid), mask)[:, front:]
+        embeds, documents, front = self.embed_prompt(input_ids, images, attention_mask)
+        mask = None if documents is None else causal_mask(documents)
+        hidden = self.decoder(embeds, generate.position_ids(embeds, documents), mask)[:, front:]
         if targets is None:
             return self.decoder.head(hidden), None
         inputs.check_targets(input_ids, targets)
@@ -82,19 +86,27 @@ class VisionLanguageModel(nn.Module):
                 f"all {targets.numel()} targets are {IGNORE_INDEX}: nothing to learn; is the loss mask empty?"
             )
         inputs.check_labels(self.cfg, labels)
-        logits = self.decoder.head(hidden[counts])
-        return logits, cross_entropy(logits, labels)
+        head, hidden = self.decoder.head, hidden[counts]
+        plain = type(head) in (Linear, nn.Linear) and not head._forward_hooks and not head._forward_pre_hooks
+        if plain and not want_logits:
+            return None, linear_cross_entropy(hidden, head.weight, labels)
+        logits = head(hidden)
+        return logits if want_logits else None, cross_entropy(logits, labels)
+
+    def recompute_activations(self, enabled: bool = True) -> None:
+        """In training, keep what enters a block alone and compute the rest again: slower, in less memory."""
+        self.vision_encoder.recompute = self.decoder.recompute = enabled
 
     def embed_prompt(
         self, input_ids: Tensor, images: Any, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, int]:
-        """(embeddings with image features in their places (B, T', D), valid (B, T') or None, T' - T).
+        """(embeddings with image features in their places (B, T', D), documents (B, T') or None, T' - T).
 
-        T' is T, but for v0.1, whose features stand in front. valid is False at padding, None without any.
+        T' is T, but for v0.1, whose features stand in front. documents: 0 at padding, None if all is one.
         """
         inputs.check_ids(self.cfg, input_ids, attention_mask)
         batch = inputs.pictures(self.cfg, images, len(input_ids))
-        valid = None if attention_mask is None else attention_mask.bool()
+        documents = inputs.documents(self.cfg, attention_mask, batch)
         embeds, front = self.decoder.embed(input_ids), 0
         if self.cfg.image_token_id is not None:
             slots = input_ids == self.cfg.image_token_id
@@ -103,9 +115,9 @@ class VisionLanguageModel(nn.Module):
             front = slots.shape[1]
             if front:
                 embeds = torch.cat((embeds.new_zeros(len(embeds), front, embeds.shape[2]), embeds), dim=1)
-                if valid is not None or not slots.all():
-                    text = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
-                    valid = torch.cat((slots, text), dim=1)
+                if documents is not None or not slots.all():
+                    text = torch.ones_like(input_ids) if documents is None else documents
+                    documents = torch.cat((slots.long(), text), dim=1)
                 slots = F.pad(slots, (0, input_ids.shape[1]))
         if embeds.shape[1] > self.cfg.lm_max_position_embeddings:
             raise PromptTooLong(
@@ -117,7 +129,7 @@ class VisionLanguageModel(nn.Module):
             features = self.encode_images(batch.pixel_values)
             packed = features if isinstance(features, Tensor) else torch.cat(features)
             embeds = splice(embeds, slots, packed)
-        return embeds, valid, front
+        return embeds, documents, front
 
     def encode_images(self, pixel_values: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Pictures of one size (N, 3, H, W) -> features in the language model's width (N, K, D).
@@ -290,15 +302,6 @@ def read_config(
 def splice(embeds: Tensor, slots: Tensor, features: Tensor) -> Tensor:
     """Put image features (..., D), in order, where ``slots`` (B, T) is True in ``embeds``: a new tensor."""
     return embeds.masked_scatter(slots[..., None], features.to(embeds.dtype))
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss of logits (n, V) in float32, a chunk of rows at a time."""
-    losses = [
-        F.cross_entropy(part.float(), label, reduction="sum")
-        for part, label in zip(logits.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-    ]
-    return torch.stack(losses).sum() / len(labels)
 
 
 # May differ between a config and the backbone it starts from: training's choice, or handled when loading.

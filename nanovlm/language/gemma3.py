@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nanovlm.cache import KVCache
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError
-from nanovlm.layers import attend, draw_weights, rotate
+from nanovlm.layers import Stack, attend, draw_weights, rotate
 from nanovlm.weights import ROWS, Rule
 
 SLIDING, FULL, GELU = "sliding_attention", "full_attention", "gelu_pytorch_tanh"
@@ -129,7 +129,7 @@ class Block(nn.Module):
         return x + self.mlp_norm(self.mlp(self.norm2(x)))
 
 
-class Gemma3(nn.Module):
+class Gemma3(Stack):
     """``embed(ids)``, then ``forward`` to hidden states, then ``head`` to logits (..., V)."""
 
     PREFIXES = ("",)
@@ -190,7 +190,8 @@ class Gemma3(nn.Module):
         sliding = (*rotary(position_ids, cfg, cfg.lm_re_base_local, embeds.dtype), near)
         x = embeds
         for layer, block in enumerate(self.blocks):
-            x = block(x, *(full if is_full(layer, cfg.lm_sliding_window_pattern) else sliding), cache, layer)
+            seen = full if is_full(layer, cfg.lm_sliding_window_pattern) else sliding
+            x = self.through(block, x, *seen, cache, layer)
         return self.norm(x)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanovlm.cache import KVCache
 from nanovlm.config import VLMConfig
-from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, attend, draw_weights, linear
+from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, Stack, attend, draw_weights, linear
 from nanovlm.weights import ROWS, Rule
 
 
@@ -130,7 +130,7 @@ class Cache(KVCache):
     weights: list[tuple[Tensor, ...]] | None = None
 
 
-class Llama(nn.Module):
+class Llama(Stack):
     """``embed(ids)``, then ``forward`` to hidden states, then ``head`` to logits (..., V)."""
 
     PREFIXES = ("",)
@@ -187,7 +187,7 @@ class Llama(nn.Module):
             return self._step(embeds, cos, sin, mask, cache, cache.weights)
         x = embeds
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, layer)
+            x = self.through(block, x, cos, sin, mask, cache, layer)
         return self.norm(x)
 
     def _step(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import draw_weights
+from nanovlm.layers import Stack, draw_weights
 from nanovlm.weights import CONCAT, Rule
 
 
@@ -107,7 +107,7 @@ class Block(nn.Module):
         return x + self.scale2 * self.mlp(self.ln2(x))
 
 
-class Dinov2(nn.Module):
+class Dinov2(Stack):
     """pixel_values (N, 3, H, W), H and W multiples of the patch -> patch features (N, P, D) in reading order.
 
     Raises ImageError for a size that is no multiple.
@@ -156,7 +156,7 @@ class Dinov2(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = F.dropout(self.patch_embedding(pixel_values), self.dropout, self.training)
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         return self.layer_norm(x[:, 1:])
 
     @staticmethod

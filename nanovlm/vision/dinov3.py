@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import draw_weights, rotate
+from nanovlm.layers import Stack, draw_weights, rotate
 from nanovlm.weights import Rule
 
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
         return x + self.scale2 * self.mlp(self.ln2(x))
 
 
-class Dinov3(nn.Module):
+class Dinov3(Stack):
     """pixel_values (N, 3, H, W), H and W multiples of the patch -> patch features (N, P, D) in reading order.
 
     Raises ImageError for a size that is no multiple.
@@ -208,7 +208,7 @@ class Dinov3(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         cos, sin = self.rotary(rows, cols, x)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = self.through(block, x, cos, sin)
         return self.layer_norm(x[:, self.prefix :])
 
     @staticmethod

@@ -17,7 +17,7 @@ from torch import Tensor, empty, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import WeightsError
-from nanovlm.layers import draw_weights
+from nanovlm.layers import Stack, draw_weights
 from nanovlm.weights import CONCAT, Join, Rule
 
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln2(x))
 
 
-class Siglip(nn.Module):
+class Siglip(Stack):
     """pixel_values (N, 3, S, S), scaled as the preset says -> patch features (N, P, D)."""
 
     PREFIXES = ("vision_model.", "")  # the Hub's file, and transformers 5's SiglipVisionModel
@@ -143,7 +143,7 @@ class Siglip(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = F.dropout(self.patch_embedding(pixel_values), self.dropout, self.training)
         for block in self.blocks:
-            x = block(x)
+            x = self.through(block, x)
         return self.layer_norm(x)
 
     @staticmethod

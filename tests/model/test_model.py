@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from nanovlm import VisionLanguageModel, preset
 from nanovlm.errors import ImageError, ImageTokenMismatch, NanoVLMError, NoLabels, PromptError, PromptTooLong
 from nanovlm.layers import RMSNorm
+from nanovlm.loss import cross_entropy
 from nanovlm.projector import pixel_shuffle
-from nanovlm.vlm import cross_entropy, splice
+from nanovlm.vlm import splice
 from tests.model.helpers import pad, prompt, tiles, tiny_config, tiny_model
 
 GENERATIONS = ["v0.1", "v0.2", "main"]
