@@ -9,15 +9,19 @@ B rows, T positions, S keys, H query heads, K key/value heads, D head width.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from nanovlm.recompute import again
 
 # Without AVX-512 or the like, torch multiplies bf16 matrices element by element, 8 times slower than float32.
 SLOW_BF16 = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+FEW = 8
+MKL = torch.backends.mkl.is_available()
 PIECE = 1 << 18  # weights turned into float32 at once: 1 MB, which stays in the cache until it is used
 
 
@@ -29,11 +33,14 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, and fast for several rows of bfloat16 on a CPU; sums and the result are rounded only once.
+    """F.linear, and fast on a CPU for a few rows of float32 and, where it is slow there, several of bfloat16.
 
-    One row is left to torch, whose product of a matrix and a vector reads each weight once as it is. So is
-    training: the float32 pieces would all be kept for the backward pass.
+    Sums and the result are rounded only once. Training is left to torch: the float32 pieces would all be kept
+    for the backward pass.
     """
+    few = x.dtype == torch.float32 and x.numel() <= FEW * weight.shape[1]
+    if few and bias is None and not torch.is_grad_enabled():
+        return few_rows(x, weight)
     if not (SLOW_BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     if x.numel() == weight.shape[1] or torch.is_grad_enabled():
@@ -43,6 +50,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [F.linear(x, piece.float()) for piece in weight.split(max(1, PIECE // weight.shape[1]))], dim=-1
     )
     return (y if bias is None else y + bias).bfloat16()
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., D), few rows, @ weight (O, D).T as a batch of products with a part of the weights each, one a thread.
+
+    For a row or a few, MKL reads memory at a third of its speed on AMD's processors; its batched product of the
+    same numbers reads at all of it (docs/performance.md). Other libraries have no such batch.
+    """
+    out, width = weight.shape
+    if not (MKL and x.device.type == "cpu" and weight.is_contiguous()) or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    if out < width < x.numel():  # measured: long sums of several rows gain nothing
+        return F.linear(x, weight)
+    parts = math.gcd(out, torch.get_num_threads())
+    y = torch.bmm(weight.view(parts, -1, width), x.reshape(-1, width).T.expand(parts, -1, -1))
+    return y.flatten(0, 1).T.reshape(*x.shape[:-1], out)
 
 
 class RMSNorm(nn.Module):
@@ -107,10 +130,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
         out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
         return out.reshape(B, H, 1, D)
     if H != K:
-        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        k, v = again(torch.repeat_interleave, k, H // K, 1), again(torch.repeat_interleave, v, H // K, 1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1
     )
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
+def joined(heads: Tensor) -> Tensor:
+    """Attention's output (B, H, T, D) -> (B, T, H * D), for the product behind it."""
+    return again(_joined, heads)
+
+
+def _joined(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).flatten(2)
+
+
+def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) * up, for the product behind it."""
+    return again(torch.mul, again(activation, gate), up)
 
 
 def causal_mask(documents: Tensor) -> Tensor:
@@ -123,24 +165,14 @@ def causal_mask(documents: Tensor) -> Tensor:
     return same.tril()
 
 
-class Stack(nn.Module):
-    """A backbone, with ``recompute``: whether training keeps the inputs of a block alone.
-
-    The rest is computed again in the backward pass: a third more time, for a fraction of the activations.
-    """
-
-    recompute = False
-
-    def through(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """block(*inputs)."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-
 def draw_weights(module: nn.Module) -> None:
-    """Initial values of one module's own parameters: normal with std 0.02, biases 0. For ``Module.apply``."""
+    """Initial values of one module's own parameters: normal, biases 0. For ``Module.apply``.
+
+    The std is upstream's 0.02, or what keeps the size of a signal where the inputs are few: with 0.02 a model 64
+    wide answers every picture alike, and needs hundreds of steps before it begins to look.
+    """
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        nn.init.normal_(module.weight, std=0.02)
+        inputs = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
+        nn.init.normal_(module.weight, std=max(0.02, inputs**-0.5))
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             nn.init.zeros_(bias)

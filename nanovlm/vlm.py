@@ -28,6 +28,7 @@ from nanovlm.errors import ConfigError, NoLabels, PromptTooLong
 from nanovlm.layers import Linear, causal_mask
 from nanovlm.loss import cross_entropy, linear_cross_entropy
 from nanovlm.projector import ModalityProjector
+from nanovlm.recompute import check_mode
 
 log = logging.getLogger(__name__)
 IGNORE_INDEX = -100
@@ -93,9 +94,9 @@ class VisionLanguageModel(nn.Module):
         logits = head(hidden)
         return logits if want_logits else None, cross_entropy(logits, labels)
 
-    def recompute_activations(self, enabled: bool = True) -> None:
-        """In training, keep what enters a block alone and compute the rest again: slower, in less memory."""
-        self.vision_encoder.recompute = self.decoder.recompute = enabled
+    def recompute_activations(self, mode: str) -> None:
+        """What training makes again instead of keeping: "nothing", "elementwise" or "blocks"."""
+        self.vision_encoder.recompute = self.decoder.recompute = check_mode(mode)
 
     def embed_prompt(
         self, input_ids: Tensor, images: Any, attention_mask: Tensor | None = None
@@ -170,7 +171,7 @@ class VisionLanguageModel(nn.Module):
         greedy: bool = False,
         *,
         repetition_penalty: float = 1.0,
-        stop: Sequence[Sequence[int]] = (),
+        stop: Sequence[int] | Sequence[Sequence[int]] = (),
         streamer: Any = None,
         eos_token_id: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
@@ -332,7 +333,7 @@ def _load_backbone(module: nn.Module, cfg: VLMConfig, field: str) -> None:
     source = getattr(cfg, field)
     if not source:
         return
-    kind = type(module)
+    kind: Any = type(module)  # RULES and the like are of every backbone (registry.py), not of nn.Module
     revision = hub.pin(source, "config.json", None)
     config = hub.read_json(source, "config.json", revision=revision)
     for name, value in kind.hub_fields(config).items():

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from nanovlm.cache import KVCache
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError
-from nanovlm.layers import Stack, attend, draw_weights, rotate
+from nanovlm.layers import attend, draw_weights, gated, gelu_tanh, joined, rotate
+from nanovlm.recompute import Stack, again
 from nanovlm.weights import ROWS, Rule
 
 SLIDING, FULL, GELU = "sliding_attention", "full_attention", "gelu_pytorch_tanh"
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        x = attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1)
+        x = joined(attend(q, k, v, mask, dropout))
         return F.dropout(self.out_proj(x), dropout)
 
 
@@ -107,7 +108,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), gelu_tanh))
 
 
 class Block(nn.Module):
@@ -125,8 +126,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        x = x + self.attn_norm(self.attn(self.norm1(x), cos, sin, mask, cache, layer))
-        return x + self.mlp_norm(self.mlp(self.norm2(x)))
+        x = x + self.attn_norm(self.attn(again(self.norm1, x), cos, sin, mask, cache, layer))
+        return x + self.mlp_norm(self.mlp(again(self.norm2, x)))
 
 
 class Gemma3(Stack):

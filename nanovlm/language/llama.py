@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from nanovlm.cache import KVCache
 from nanovlm.config import VLMConfig
-from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, Stack, attend, draw_weights, linear
+from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, attend, draw_weights, gated, joined, linear
+from nanovlm.recompute import Stack, again
 from nanovlm.weights import ROWS, Rule
 
 
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        x = self.out_proj(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1))
+        x = self.out_proj(joined(attend(q, k, v, mask, dropout)))
         return F.dropout(x, dropout) if dropout else x
 
 
@@ -60,7 +61,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), F.silu))
 
 
 class Block(nn.Module):
@@ -74,14 +75,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, mask, cache, layer)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(again(self.norm1, x), cos, sin, mask, cache, layer)
+        return x + self.mlp(again(self.norm2, x))
 
 
 PLAIN = (nn.ModuleList, Block, Attention, MLP, RMSNorm, Linear)
 
 
-def layer_weights(blocks: nn.ModuleList) -> list[tuple[Tensor, ...]] | None:
+def layer_weights(blocks: Any) -> list[tuple[Tensor, ...]] | None:
     """What ``layer_step`` takes, of every layer; None where a module was replaced or is hooked."""
     if any(type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks for m in blocks.modules()):
         return None

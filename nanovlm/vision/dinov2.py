@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import Stack, draw_weights
+from nanovlm.layers import draw_weights, joined
+from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Rule
 
 
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         N, T, D = x.shape
         dropout = self.dropout if self.training else 0.0
         q, k, v = self.qkv_proj(x).view(N, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).reshape(N, T, D)
+        x = joined(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
         return F.dropout(self.out_proj(x), dropout)
 
 
@@ -89,7 +90,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+        return F.dropout(self.fc2(again(F.gelu, self.fc1(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -103,8 +104,8 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(cfg.vit_hidden_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.scale1 * self.attn(self.ln1(x))
-        return x + self.scale2 * self.mlp(self.ln2(x))
+        x = x + self.scale1 * self.attn(again(self.ln1, x))
+        return x + self.scale2 * self.mlp(again(self.ln2, x))
 
 
 class Dinov2(Stack):

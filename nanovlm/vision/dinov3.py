@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import Stack, draw_weights, rotate
+from nanovlm.layers import draw_weights, gated, joined, rotate
+from nanovlm.recompute import Stack, again
 from nanovlm.weights import Rule
 
 
@@ -126,7 +127,7 @@ class Attention(nn.Module):
             p(x).view(N, T, self.n_heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).reshape(N, T, D)
+        x = joined(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
         return F.dropout(self.out_proj(x), dropout)
 
 
@@ -142,7 +143,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        x = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        x = again(F.gelu, up) if self.gate_proj is None else gated(self.gate_proj(x), up, F.silu)
         return F.dropout(self.down_proj(x), self.dropout, self.training)
 
 
@@ -157,8 +158,8 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(cfg.vit_hidden_dim))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.scale1 * self.attn(self.ln1(x), cos, sin)
-        return x + self.scale2 * self.mlp(self.ln2(x))
+        x = x + self.scale1 * self.attn(again(self.ln1, x), cos, sin)
+        return x + self.scale2 * self.mlp(again(self.ln2, x))
 
 
 class Dinov3(Stack):

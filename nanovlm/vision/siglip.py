@@ -17,7 +17,8 @@ from torch import Tensor, empty, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import WeightsError
-from nanovlm.layers import Stack, draw_weights
+from nanovlm.layers import draw_weights, gelu_tanh, joined
+from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Join, Rule
 
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         N, P, D = x.shape
         dropout = self.dropout if self.training else 0.0
         q, k, v = self.qkv_proj(x).view(N, P, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).reshape(N, P, D)
+        x = joined(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
         return F.dropout(self.out_proj(x), dropout)
 
 
@@ -77,7 +78,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        x = self.fc2(again(gelu_tanh, self.fc1(x)))
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -90,8 +91,8 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln1(x))
-        return x + self.mlp(self.ln2(x))
+        x = x + self.attn(again(self.ln1, x))
+        return x + self.mlp(again(self.ln2, x))
 
 
 class Siglip(Stack):
