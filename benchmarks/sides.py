@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 from nanovlm import VisionLanguageModel, VLMConfig
 from nanovlm.weights import to_hub
 
-ROUNDS = 7
+ROUNDS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -63,6 +63,11 @@ class Checkpoint:
         """{name: shape}."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
+    def like(self, name: str) -> Tensor:
+        """The tensor's shape and dtype, on the meta device."""
+        entry = self.entries[name]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
     def read(self, name: str) -> Tensor:
         """The tensor in the file's own dtype, in memory of its own."""
         entry = self.entries[name]
@@ -153,7 +158,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file; whatever happens, ``path`` holds the old file or the whole new one."""
     from safetensors.torch import save_file
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
             temporary,
@@ -163,11 +168,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file as atomically as write_tensors."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-class _replacing:
+class replacing:
     """A temporary file beside ``path`` that takes its place when the block ends well."""
 
     def __init__(self, path: Path) -> None:

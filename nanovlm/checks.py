@@ -36,7 +36,7 @@ _MULTIPLES = (
 )  # fmt: skip
 _MAX_PARAMETERS = 5 * 10**10
 
-_KINDS = {
+_KINDS: dict[str, Any] = {
     "int": int,
     "float": float,
     "bool": bool,

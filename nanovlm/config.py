@@ -25,6 +25,7 @@ from typing import Any
 from nanovlm.checks import READ_BY, check_agreement, check_sizes, check_types
 from nanovlm.errors import ConfigError
 from nanovlm.registry import WITH_CLS, canonical
+from nanovlm.train_config import TrainConfig as TrainConfig
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -153,7 +154,7 @@ class VLMConfig:
     @property
     def generation(self) -> str:
         """ "v0.1", "v0.2" or "main": which upstream pipeline this model belongs to."""
-        return _generation(self.vlm_extra_tokens)
+        return generation_of(self.vlm_extra_tokens)
 
     @property
     def vit_grid(self) -> int:
@@ -249,83 +250,13 @@ class VLMConfig:
         return {name: value for name, value in values.items() if name in mine or implied[name] != value}
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Upstream main's field names; upload and wandb are off until asked for.
-
-    A learning rate of 0 freezes its part; None means ``lr_backbones``.
-    """
-
-    lr_mp: float = 0.00512
-    lr_backbones: float = 5e-05
-    lr_vision_backbone: float | None = None
-    lr_language_backbone: float | None = None
-    freeze_vision_encoder: bool = False
-    val_size: int = 50000
-    val_ratio: float = 0.025
-    batch_size: int = 2
-    gradient_accumulation_steps: int = 32
-    max_grad_norm: float = 1.0
-    eval_in_epochs: bool = True
-    eval_interval: int = 500
-    validation_steps: int = 64
-    save_checkpoint_steps: int = 500
-    console_log_interval: int = 10
-    stats_log_interval: int = 100
-    max_training_steps: int = 40000
-    max_images_per_example: int = 4
-    max_images_per_knapsack: int = 18
-    max_sample_length: int = 4096
-    num_workers: int = 2
-    max_threads: int = 4
-    compile: bool = False
-    seed: int = 0
-    resume_from_vlm_checkpoint: bool = False
-    train_dataset_path: str = "HuggingFaceM4/FineVision_concat_shuffled_2"
-    train_dataset_name: tuple[str, ...] = ("default",)
-    stream_dataset: bool = True
-    relevance_min_rating: int = 1
-    image_correspondence_min_rating: int = 1
-    visual_dependency_min_rating: int = 1
-    formatting_min_rating: int = 1
-    run_name: str | None = None
-    hf_repo_name: str | None = None
-    log_wandb: bool = False
-    wandb_entity: str | None = None
-    use_lmms_eval: bool = False
-    lmms_eval_tasks: str = "mmstar,mmmu_val,ocrbench,textvqa_val,docvqa_val,scienceqa,mme,infovqa_val,chartqa"
-    lmms_eval_limit: float | None = None
-    lmms_eval_batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type in ("float", "float | None") and value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"{f.name}={value}: expected a number from 0 up")
-            if f.type == "int" and value < (0 if f.name in ("num_workers", "seed", "val_size") else 1):
-                raise ConfigError(f"{f.name}={value}: expected a positive count")
-        if self.val_ratio >= 1:
-            raise ConfigError(f"val_ratio={self.val_ratio} leaves nothing to train on; use less than 1")
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """Learning rate of each part by its attribute name on the model; 0 where a part is frozen."""
-        vision = self.lr_backbones if self.lr_vision_backbone is None else self.lr_vision_backbone
-        language = self.lr_backbones if self.lr_language_backbone is None else self.lr_language_backbone
-        return {
-            "MP": self.lr_mp,
-            "vision_encoder": 0.0 if self.freeze_vision_encoder else vision,
-            "decoder": language,
-        }
-
-
 def _as_dict(cfg: VLMConfig) -> dict[str, Any]:
     values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     return {**values, "vlm_extra_tokens": dict(cfg.vlm_extra_tokens)}
 
 
-def _generation(tokens: Mapping[str, str]) -> str:
+def generation_of(tokens: Mapping[str, str]) -> str:
+    """ "v0.1", "v0.2" or "main", by the extra tokens {attribute: token} alone."""
     if "image_token" not in tokens:
         return "v0.1"
     return "main" if "global_image_token" in tokens or "r1c1" in tokens else "v0.2"
@@ -338,7 +269,7 @@ def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(tokens, Mapping):
         return values  # the type check names it
     values.setdefault("extra_token_amount", len(tokens))
-    values.setdefault("lm_chat_template", CHATML if _generation(tokens) == "main" else "")
+    values.setdefault("lm_chat_template", CHATML if generation_of(tokens) == "main" else "")
     values.setdefault("resize_to_max_side_len", False)
     values.setdefault("vit_cls_flag", canonical(str(values.get("vision_encoder"))) in WITH_CLS)
     numbers = {name: value for name, value in values.items() if isinstance(value, int)}

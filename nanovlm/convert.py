@@ -79,6 +79,10 @@ class Pickled:
         """{name: shape}."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def like(self, name: str) -> Tensor:
+        """The tensor's shape and dtype, on the meta device."""
+        return torch.empty_like(self.tensors[name], device="meta")
+
     def read(self, name: str) -> Tensor:
         """The tensor in the file's own dtype."""
         return self.tensors[name].detach()

@@ -9,6 +9,7 @@ B rows, T prompt positions, V vocabulary.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -41,18 +42,19 @@ def generate(
     temperature: float = 0.5,
     greedy: bool = False,
     repetition_penalty: float = 1.0,
-    stop: Sequence[Sequence[int]] = (),
+    stop: Sequence[int] | Sequence[Sequence[int]] = (),
     streamer: Streamer | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """New ids (B, n), n at most ``max_new_tokens``: fewer when every row has ended.
 
-    A row ends with an ``eos_token_id`` or one of the ``stop`` sequences of ids; then it repeats the end token
-    (the first, of several).
+    A row ends with an ``eos_token_id`` or one of the ``stop`` sequences of ids (or the only one, given flat);
+    then it repeats the end token (the first, of several).
     """
     # greedy draws from nothing, and upstream's evaluation then gives None for what it would draw with
     drawn_with = (0, 1.0, 1.0) if greedy else (top_k, top_p, temperature)
     _check(max_new_tokens, *drawn_with, repetition_penalty)
+    stops = _sequences(stop)
     input_ids, attention_mask = pack_right(input_ids, attention_mask)
     B = input_ids.shape[0]
     if max_new_tokens == 0:
@@ -64,7 +66,8 @@ def generate(
     if T + max_new_tokens > limit:
         raise PromptTooLong(
             f"a prompt of {T} positions and max_new_tokens={max_new_tokens} need {T + max_new_tokens}, but "
-            f"lm_max_position_embeddings={limit}; shorten the prompt, or use smaller pictures"
+            f"lm_max_position_embeddings={limit}: max_new_tokens={limit - T} still fits; or shorten the prompt, "
+            "or use smaller pictures"
         )
     decoder = model.decoder
     cache = decoder.new_cache(B, T + max_new_tokens)
@@ -90,7 +93,7 @@ def generate(
             streamer.put(ids)
         for end in ends:
             ended = ended | (ids == end)
-        for sequence in stop:
+        for sequence in stops:
             ended = ended | _ends_with(rows, sequence)
         if step + 1 == max_new_tokens or bool(ended.all()):
             break
@@ -186,12 +189,27 @@ def _seen(input_ids: Tensor, valid: Tensor | None, vocabulary: int) -> Tensor:
     return counts.scatter_add_(1, input_ids, weights) > 0
 
 
+def _sequences(stop: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """``stop`` as sequences of ids. Raises PromptError for anything else, text included."""
+    try:
+        rows = [stop] if stop and isinstance(stop[0], int) else stop
+        found = [[operator.index(number) for number in row] for row in rows]
+    except (TypeError, KeyError):  # text, floats, a number alone, a mapping
+        found = [[]]
+    if not all(found):
+        raise PromptError(
+            f"stop={stop!r}: expected sequences of token ids, such as [[13, 13]]; for a text, "
+            "stop=[model.tokenizer.encode(text, add_special_tokens=False)]"
+        )
+    return found
+
+
 def _ends_with(rows: list[Tensor], sequence: Sequence[int]) -> Tensor:
     """(B,): which rows end with ``sequence``."""
-    if not sequence or len(sequence) > len(rows):
+    if len(sequence) > len(rows):
         return torch.zeros_like(rows[-1], dtype=torch.bool)
     tail = torch.stack(rows[-len(sequence) :], dim=1)
-    return (tail == torch.tensor(list(sequence), device=tail.device)).all(1)
+    return (tail == torch.tensor(sequence, device=tail.device)).all(1)
 
 
 def _check(

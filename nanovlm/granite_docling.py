@@ -201,6 +201,11 @@ class SplitPicture:
             tiles = torch.cat((tiles, to_tensor(picture.resize((self.side, self.side), LANCZOS))[None]))
         return tiles, (rows, columns)
 
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of a picture of this size."""
+        width, height = self.resized_sizes(width, height)[-1]
+        return height // self.side, width // self.side
+
     def resized_sizes(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(width, height) after each of the two steps: the long side as wanted, then multiples of the tile.
 

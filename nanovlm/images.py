@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,11 +31,19 @@ from nanovlm.errors import ConfigError, ImageError
 MAX_PIXELS = 178_956_970  # where PIL itself stops: twice Image.MAX_IMAGE_PIXELS as shipped
 
 
+class Processor(Protocol):
+    """What turns a picture into tiles."""
+
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, tuple[int, int]]: ...
+
+    def grid(self, width: int, height: int) -> tuple[int, int]: ...
+
+
 def get_image_processor(
     max_img_size: int | VLMConfig,
     splitted_image_size: int | None = None,
     resize_to_max_side_len: bool = False,
-) -> Callable[[Image.Image], tuple[Tensor, tuple[int, int]]]:
+) -> Processor:
     """A function picture -> (pixel_values (N, 3, H, W) in [0, 1], or normalised, and (rows, columns)).
 
     Takes a VLMConfig, or upstream's three arguments: longest side, tile side, and whether every long side
@@ -48,7 +56,7 @@ def get_image_processor(
     return Tiles(splitted_image_size or max_img_size, max_img_size, resize_to_max_side_len)
 
 
-def _cutter(cfg: VLMConfig) -> Callable[[Image.Image], tuple[Tensor, tuple[int, int]]]:
+def _cutter(cfg: VLMConfig) -> Processor:
     """What turns a picture into tiles in [0, 1] for this config."""
     other = registry.tiling(cfg.vlm_extra_tokens)
     if other is not None:
@@ -65,7 +73,7 @@ def _cutter(cfg: VLMConfig) -> Callable[[Image.Image], tuple[Tensor, tuple[int, 
 class Normalised:
     """Another processor's tiles with the mean taken from each colour, then divided by its deviation."""
 
-    processor: Callable[[Image.Image], tuple[Tensor, tuple[int, int]]]
+    processor: Processor
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -73,6 +81,10 @@ class Normalised:
         tiles, grid = self.processor(picture)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (tiles - mean) / std, grid
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of a picture of this size, as with every processor here."""
+        return self.processor.grid(width, height)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,9 @@ class Square:
     def __call__(self, picture: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         resized = to_rgb(picture).resize((self.side, self.side), Image.Resampling.BILINEAR)
         return to_tensor(resized)[None], (1, 1)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        return (1, 1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,10 @@ class Dynamic:
         size = self.resized_size(*picture.size)
         pixels = to_tensor(picture.resize(size, Image.Resampling.BICUBIC))
         return pixels[None], (size[1] // self.side, size[0] // self.side)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        width, height = self.resized_size(width, height)
+        return height // self.side, width // self.side
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing, multiples of the side, each at least one."""
@@ -142,6 +161,10 @@ class Tiles:
                     pixels[None, None], size=(self.side, self.side), mode="bilinear", antialias=True
                 )[0, 0]
         return tiles, (rows, columns)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        width, height = self.resized_size(width, height)
+        return height // self.side, width // self.side
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing, multiples of the tile."""
@@ -235,5 +258,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path} is no picture in a format that PIL reads") from None
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder; name the picture files in it") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path} cannot be read: {error}") from None

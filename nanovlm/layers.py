@@ -165,14 +165,18 @@ def causal_mask(documents: Tensor) -> Tensor:
     return same.tril()
 
 
-def draw_weights(module: nn.Module) -> None:
-    """Initial values of one module's own parameters: normal, biases 0. For ``Module.apply``.
+def spread(inputs: int) -> float:
+    """Std of initial values: upstream's 0.02, or what keeps a signal's size where its inputs are few.
 
-    The std is upstream's 0.02, or what keeps the size of a signal where the inputs are few: with 0.02 a model 64
-    wide answers every picture alike, and needs hundreds of steps before it begins to look.
+    With 0.02 a model 64 wide answers every picture alike for hundreds of steps before it begins to look.
     """
+    return max(0.02, inputs**-0.5)
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Initial values of one module's own parameters: normal, biases 0. For ``Module.apply``."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         inputs = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
-        nn.init.normal_(module.weight, std=max(0.02, inputs**-0.5))
+        nn.init.normal_(module.weight, std=spread(inputs))
         if isinstance(bias := getattr(module, "bias", None), Tensor):
             nn.init.zeros_(bias)

@@ -152,6 +152,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny_original_small": {**SIGLIP_TINY, **SMOLLM_TINY, "mp_pixel_shuffle_factor": 2, "lm_eos_token_id": 0},
 }  # fmt: skip
 
+# How a twin is trained from random weights within minutes; TrainConfig's own defaults are for pretrained backbones.
+TINY_RECIPE: dict[str, Any] = {
+    "batch_size": 32, "gradient_accumulation_steps": 1, "lr_mp": 0.003, "lr_backbones": 0.003,
+    "warmup_ratio": 0.08, "min_lr_ratio": 0.02, "max_training_steps": 1300, "pack": False,
+    "validation_batches": 8, "num_workers": 1,
+    "max_threads": 1,  # waking a second one costs more than its half of the work
+}  # fmt: skip
+# Preset -> fields of TrainConfig in which its training starts from another value than the default.
+RECIPES: dict[str, dict[str, Any]] = {
+    name: TINY_RECIPE
+    for name in (
+        "tiny", "tiny_granite_docling", "tiny_siglip2_gemma", "tiny_dinov2_smollm", "tiny_dinov3_smollm",
+        "tiny_dinov3_gemma", "tiny_original_small",
+    )
+}  # fmt: skip
+
 # What ``mix`` chooses from, by the names of the registry.
 VISION = {"siglip": SIGLIP2_512, "dinov2": DINOV2_SMALL, "dinov3": DINOV3["vits16plus"]}
 LANGUAGE = {"smollm": SMOLLM_360M, "gemma": GEMMA_270M}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from nanovlm.errors import UnknownBackbone
 
@@ -54,23 +55,23 @@ UNPUBLISHED = {
 }
 
 
-def vision_encoder(name: str) -> type:
+def vision_encoder(name: str) -> type[Any]:
     """The class of a vision encoder. Raises UnknownBackbone."""
     return _load("vision encoder", name, VISION_ENCODERS)
 
 
-def language_model(name: str) -> type:
+def language_model(name: str) -> type[Any]:
     """The class of a language model. Raises UnknownBackbone."""
     return _load("language model", name, LANGUAGE_MODELS)
 
 
-def checkpoint(config: object) -> type | None:
+def checkpoint(config: object) -> type[Any] | None:
     """The kind of checkpoint that a config.json is of; None for nanoVLM's own, and for an unknown one."""
     where = CHECKPOINTS.get(str(config.get("model_type"))) if isinstance(config, Mapping) else None
     return None if where is None else _imported(where)
 
 
-def tiling(extra_tokens: Mapping[str, str]) -> type | None:
+def tiling(extra_tokens: Mapping[str, str]) -> type[Any] | None:
     """The tiling that a model with these extra tokens was taught; None for nanoVLM's own."""
     return next((_imported(where) for token, where in TILINGS.items() if token in extra_tokens), None)
 
@@ -84,7 +85,7 @@ def canonical(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def _load(kind: str, name: str, table: dict[str, str]) -> type:
+def _load(kind: str, name: str, table: dict[str, str]) -> type[Any]:
     where = table.get(canonical(name))
     if where is None:
         aliases = [alias for alias, meant in ALIASES.items() if meant in table]
@@ -92,6 +93,6 @@ def _load(kind: str, name: str, table: dict[str, str]) -> type:
     return _imported(where)
 
 
-def _imported(where: str) -> type:
+def _imported(where: str) -> type[Any]:
     module, _, attribute = where.partition(":")
     return getattr(import_module(module), attribute)

@@ -113,7 +113,7 @@ class Environment(ImmutableSandboxedEnvironment):
         meter.number(result)
         return result
 
-    def call(self, context: Context, function: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, function: Any, *arguments: Any, **named: Any) -> Any:
         meter = _meter(context)
         meter.step()
         for value in (*arguments, *named.values()):

@@ -53,7 +53,7 @@ def get_tokenizer(
             )
         # Idefics3's processor appends a token of its own, which its models do not know and no prompt holds
         named = [*made.special_tokens.values(), *made.extra_tokens.values()]
-        needed = max(made.vocab_size, *(made.backend.token_to_id(token) + 1 for token in named))
+        needed = max(made.vocab_size, *(number + 1 for number in made.ids_of(named)))
         if needed > cfg.lm_vocab_size:
             raise TokenizerError(
                 f"tokenizer {cfg.lm_tokenizer} has {needed} tokens, more than "
@@ -156,10 +156,33 @@ class Tokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """Their ids."""
-        return [self.backend.token_to_id(token) for token in self.all_special_tokens]
+        return self.ids_of(self.all_special_tokens)
 
-    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
-        """The vocabulary's own spelling of ids."""
+    def ids_of(self, tokens: Iterable[str]) -> list[int]:
+        """Ids of those tokens that are in the vocabulary."""
+        found = (self.backend.token_to_id(token) for token in tokens)
+        return [number for number in found if number is not None]
+
+    @cached_property
+    def markup(self) -> list[str]:
+        """Special tokens that an answer is written with, as Granite-Docling's <doctag> and <otsl> are.
+
+        Those that stand for a picture, end a text or make a turn are none; nor has any other family such tokens.
+        """
+        if "fake_image_token" not in self.extra_tokens:
+            return []
+        from nanovlm.granite_docling import MAX_TILES, idefics3_tokens
+
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        specials = self.all_special_tokens
+        written = prompts.chat(self.chat_template, turn, specials, variables=self.special_tokens).text
+        used = {written[start:end] for start, end in prompts.special_spans(written, specials)}
+        used |= {*self.special_tokens.values(), *self.extra_tokens.values()}
+        used |= set(idefics3_tokens(MAX_TILES).values())
+        return [token for token in specials if token not in used and not token.startswith("<|")]
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | None | list[str | None]:
+        """The vocabulary's own spelling of ids; None beyond it."""
         return (
             self.backend.id_to_token(ids)
             if isinstance(ids, int)
@@ -226,6 +249,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             variables=self.special_tokens,
             image_token=self.extra_tokens.get("image_token"),
+            markup=self.markup,
         )
         if not tokenize:
             return prompt.text.replace(prompt.mark, "")
@@ -257,7 +281,7 @@ class Tokenizer:
             ids += made.ids
             offsets += [(at + kept[a], at + kept[b]) for a, b in made.offsets]
             if end > start:
-                ids.append(self.backend.token_to_id(text[start:end]))
+                ids += self.ids_of([text[start:end]])
                 offsets.append((start, end))
             at = end
         return ids, offsets
@@ -325,7 +349,7 @@ def _read(
     added = {int(number): token for number, token in (config.get("added_tokens_decoder") or {}).items()}
     added = {number: token for number, token in added.items() if wanted(number, token["content"])}
     _add_missing(backend, added, name)
-    special = {key: token.get("content") if isinstance(token, dict) else token
+    special: dict[str, Any] = {key: token.get("content") if isinstance(token, dict) else token
                for key in NAMES if (token := config.get(key)) is not None}  # fmt: skip
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Stored(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def like(self, name: str) -> Tensor: ...  # on the meta device: shape and dtype, no memory
 
     def read(self, name: str) -> Tensor: ...
 
@@ -102,8 +104,8 @@ def load(
     prefixes: what may stand before every source name; the first that fits is taken.
     ignored: patterns of names in the file that are none of ours.
     dtype: of the parameters; None keeps the module's. Buffers keep their own.
-    Raises WeightsError naming missing, unexpected or ill-shaped tensors; nothing is changed in that case,
-    but where a tensor cannot be read from the file.
+    Raises WeightsError naming missing, unexpected or ill-shaped tensors before the first one is filled; only a
+    tensor that cannot be read from its file then stops half-way.
     """
     names = own_names(module)
     plan = _plan(names, stored, rules, tuple(prefixes))
@@ -121,32 +123,35 @@ def load(
     problems += [f"unexpected: {n}" for n in stored.shapes if n not in used and n not in set(report.ignored)]
     current = module.state_dict()
     for target, (rule, sources) in plan.items():
-        if rule.join is COPY and stored.shapes[sources[0]] != tuple(current[target].shape):
-            problems.append(
-                f"{target}: {stored.shapes[sources[0]]} in the file, {tuple(current[target].shape)} here"
-            )
+        problem = _misfit(rule, [stored.like(source) for source in sources], current[target])
+        if problem:
+            problems.append(f"{target}: {problem}")
     if problems:
         raise WeightsError(_explain(stored.where, problems, names, current))
-    for name, aliases in names.items():
-        found = [alias for alias in aliases if alias in plan]
-        for alias in found:
-            rule, sources = plan[alias]
-            ours = current[name]
-            value = rule.join.load([stored.read(source) for source in sources], ours)
-            if value.shape != ours.shape:
-                raise WeightsError(
-                    f"{stored.where}: {alias} is {tuple(value.shape)} in the file, {tuple(ours.shape)} here"
-                )
-            if stored.shapes[sources[0]] != tuple(ours.shape) and rule.join is not CONCAT:
-                report.reshaped[alias] = (stored.shapes[sources[0]], tuple(ours.shape))
-            value = value.to(ours.dtype if dtype is None or name in buffers else dtype)
-            if alias != found[0] and not torch.equal(value, module.state_dict()[name]):
+
+    def made(alias: str) -> Tensor:
+        rule, sources = plan[alias]
+        ours = current[alias]
+        value = rule.join.load([stored.read(source) for source in sources], ours)
+        return value.to(ours.dtype if dtype is None or alias in buffers else dtype)
+
+    filling = {name: [alias for alias in aliases if alias in plan] for name, aliases in names.items()}
+    for found in filling.values():
+        for alias in found[1:]:
+            if not torch.equal(made(alias), made(found[0])):
                 raise WeightsError(
                     f"{stored.where}: {found[0]} and {alias} differ, but lm_tie_weights=True makes them one; "
                     "was it saved with lm_tie_weights=False?"
                 )
-            _put(module, aliases, value)
-            report.loaded.append(alias)
+    for name, found in filling.items():
+        if not found:
+            continue
+        _put(module, names[name], made(found[0]))
+        report.loaded += found
+        for alias in found:
+            (rule, sources), shape = plan[alias], tuple(current[alias].shape)
+            if stored.shapes[sources[0]] != shape and rule.join is not CONCAT:
+                report.reshaped[alias] = (stored.shapes[sources[0]], shape)
     for name in report.computed:
         _put(module, names[name], _computed(module, name)[name.rpartition(".")[2]])
     return report
@@ -191,6 +196,21 @@ def _plan(
     return plan
 
 
+def _misfit(rule: Rule, parts: list[Tensor], ours: Tensor) -> str:
+    """Why a file's tensors do not become ``ours``, or nothing. parts: on the meta device."""
+    shapes = " + ".join(str(tuple(part.shape)) for part in parts)
+    try:
+        shape: tuple[int, ...] | None = rule.join.load(parts, ours.to("meta")).shape
+    except WeightsError as error:
+        return str(error)
+    except RuntimeError:  # torch's: shapes that cannot be joined, whatever they are to become
+        shape = None
+    if shape != ours.shape:
+        return f"{shapes} in the file, {tuple(ours.shape)} here"
+    strange = [part.dtype for part in parts if part.is_floating_point() != ours.is_floating_point()]
+    return f"{strange[0]} in the file, {ours.dtype} here" if strange else ""
+
+
 def _expanded(rule: Rule, targets: Iterable[str]) -> Iterable[tuple[str, tuple[str, ...]]]:
     """(target, sources) of a rule for every layer there is."""
     head, star, tail = rule.target.partition("*")
@@ -209,7 +229,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _computed(module: nn.Module, name: str) -> dict[str, Tensor]:
     """Values a module can compute for its own buffers, where a file has none."""
-    owner = module.get_submodule(name.rpartition(".")[0])
+    owner: Any = module.get_submodule(name.rpartition(".")[0])
     return owner.computed_buffers() if hasattr(owner, "computed_buffers") else {}
 
 

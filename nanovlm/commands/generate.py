@@ -51,6 +51,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, help="of random weights and of sampling (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     add("--compile", action="store_true", help="faster tokens after half a minute; needs a C++ compiler")
+    add("--measure_vram", action="store_true", help="say what memory loading and generating took at most")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -73,11 +74,15 @@ def run(options: argparse.Namespace) -> int:
 
     device = device_of(options.device)
     torch.manual_seed(options.seed)
+    memory = {}
+    _restart_peak(device)
     model = _model(options, cfg).to(device).eval()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and _is_tiny(model):
         torch.set_num_threads(1)  # waking a second thread costs a tiny model more than half of its work
     if options.compile:
         _compile(model)
+    memory["loading"] = peak_memory(device)
+    _restart_peak(device)
     input_ids, pixel_values = model.prepare(pictures, options.prompt)
     answers = []
     for number in range(1, options.generations + 1):
@@ -90,6 +95,10 @@ def run(options: argparse.Namespace) -> int:
             streamer=streamer,
         )
         answers.append(model.tokenizer.decode(ids[0], skip_special_tokens=True))
+    memory["generating"] = peak_memory(device)
+    if options.measure_vram and not options.json:
+        for stage, peaks in memory.items():
+            print(f"peak memory of {stage}: {_shown(peaks)}")
     if options.json:
         tiles = sum(map(len, pixel_values))
         facts = {
@@ -98,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
             "tiles": tiles,
             "prompt_tokens": input_ids.shape[1],
         }
+        if options.measure_vram:
+            facts["peak_memory"] = memory
         print(json.dumps({**facts, "generations": answers}, ensure_ascii=False, indent=2))
     return 0
 
@@ -127,6 +138,38 @@ def _compile(model: VisionLanguageModel) -> None:
     model.decoder.compile_step()
 
 
+def peak_memory(device) -> dict[str, int]:
+    """Bytes that this process had at most since ``_restart_peak``; where no CUDA counts, since its start."""
+    import torch
+
+    if device.type == "cuda":
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    # the kernel counts kibibytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def _restart_peak(device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _shown(peaks: dict[str, int]) -> str:
+    words = ", ".join(f"{count / 1e6:,.0f} MB {name.removesuffix('_bytes')}" for name, count in peaks.items())
+    if "allocated_bytes" in peaks:
+        return words
+    return f"{words or 'not counted on this system'} (of the whole process; CUDA alone counts device memory)"
+
+
 def _is_tiny(model) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) < 5_000_000
 
@@ -140,11 +183,13 @@ class Printer:
     """A streamer that prints an answer as it grows, whole characters only."""
 
     def __init__(self, tokenizer, title: str) -> None:
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
-        print(title, end="", flush=True)
+        self.tokenizer, self.title, self.shown = tokenizer, title, 0
+        self.ids: list[int] = []
 
     def put(self, ids) -> None:
-        """The next id of row 0."""
+        """The next id of row 0. The title comes with the first: what is refused has none."""
+        if not self.ids:
+            print(self.title, end="", flush=True)
         self.ids.append(int(ids[0]))
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character may follow

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nanovlm.cache import KVCache
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError
-from nanovlm.layers import attend, draw_weights, gated, gelu_tanh, joined, rotate
+from nanovlm.layers import Linear, attend, draw_weights, gated, gelu_tanh, joined, rotate
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import ROWS, Rule
 
@@ -75,10 +75,10 @@ class Attention(nn.Module):
         self.head_dim, self.dropout = cfg.lm_head_dim, cfg.lm_dropout
         # attend divides by the root of the head's width; Gemma by the root of a number of its own
         self.q_scale = (self.head_dim / cfg.lm_query_pre_attn_scalar) ** 0.5
-        self.q_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(cfg.lm_n_heads * self.head_dim, cfg.lm_hidden_dim, bias=False)
+        self.q_proj = Linear(cfg.lm_hidden_dim, cfg.lm_n_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(cfg.lm_hidden_dim, cfg.lm_n_kv_heads * self.head_dim, bias=False)
+        self.out_proj = Linear(cfg.lm_n_heads * self.head_dim, cfg.lm_hidden_dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, cfg.lm_rms_eps)
         self.k_norm = RMSNorm(self.head_dim, cfg.lm_rms_eps)
 
@@ -103,9 +103,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
+        self.gate_proj = Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.up_proj = Linear(cfg.lm_hidden_dim, cfg.lm_inter_dim, bias=False)
+        self.down_proj = Linear(cfg.lm_inter_dim, cfg.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), gelu_tanh))
@@ -165,7 +165,7 @@ class Gemma3(Stack):
         self.token_embedding = nn.Embedding(cfg.lm_vocab_size, cfg.lm_hidden_dim)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.lm_n_blocks))
         self.norm = RMSNorm(cfg.lm_hidden_dim, cfg.lm_rms_eps)
-        self.head = nn.Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
+        self.head = Linear(cfg.lm_hidden_dim, cfg.lm_vocab_size, bias=False)
         if cfg.lm_tie_weights:
             self.head.weight = self.token_embedding.weight
         self.apply(draw_weights)

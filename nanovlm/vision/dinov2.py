@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import draw_weights, joined
+from nanovlm.layers import draw_weights, joined, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Rule
 
@@ -36,8 +36,8 @@ class PatchEmbedding(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, cfg.vit_hidden_dim))
         # for pretraining alone; kept so that a file of the Hub goes back whole
         self.register_buffer("mask_token", self.computed_buffers()["mask_token"])
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.02)
+        nn.init.normal_(self.cls_token, std=spread(cfg.vit_hidden_dim))
+        nn.init.normal_(self.position_embedding, std=spread(cfg.vit_hidden_dim))
 
     def computed_buffers(self) -> dict[str, Tensor]:
         """The buffers' values where no file has them."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import draw_weights, gated, joined, rotate
+from nanovlm.layers import draw_weights, gated, joined, rotate, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import Rule
 
@@ -91,8 +91,8 @@ class PatchEmbedding(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, cfg.vit_n_registers, cfg.vit_hidden_dim))
         # for pretraining alone; kept so that a file of the Hub goes back whole
         self.register_buffer("mask_token", self.computed_buffers()["mask_token"])
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.register_tokens, std=0.02)
+        nn.init.normal_(self.cls_token, std=spread(cfg.vit_hidden_dim))
+        nn.init.normal_(self.register_tokens, std=spread(cfg.vit_hidden_dim))
 
     def computed_buffers(self) -> dict[str, Tensor]:
         """The buffers' values where no file has them."""

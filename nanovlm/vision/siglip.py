@@ -17,7 +17,7 @@ from torch import Tensor, empty, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.errors import WeightsError
-from nanovlm.layers import draw_weights, gelu_tanh, joined
+from nanovlm.layers import draw_weights, gelu_tanh, joined, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Join, Rule
 
@@ -47,7 +47,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, cfg.vit_hidden_dim, cfg.vit_patch_size, stride=cfg.vit_patch_size)
         self.position_embedding = nn.Parameter(empty(1, cfg.vit_grid**2, cfg.vit_hidden_dim))
-        nn.init.normal_(self.position_embedding, std=0.02)
+        nn.init.normal_(self.position_embedding, std=spread(cfg.vit_hidden_dim))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.conv(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding

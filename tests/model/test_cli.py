@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -81,9 +82,43 @@ def test_a_question_needs_no_picture(capsys):
     assert code == 0 and json.loads(out)["tiles"] == 0
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_memory_is_told_on_request_and_said_to_be_the_processs_without_cuda(capsys, as_json):
+    line = ["generate", "--use_preset", "tiny", "--generations", 1, "--max_new_tokens", 2, "--device", "cpu"]
+    out = run(*line, "--measure_vram", *["--json"] * as_json, capsys=capsys)[1]
+    if as_json:
+        peaks = [json.loads(out)["peak_memory"][stage]["resident_bytes"] for stage in ("loading", "generating")]
+        assert 50e6 < peaks[0] <= peaks[1]
+        assert "peak_memory" not in json.loads(run(*line, "--json", capsys=capsys)[1])
+    else:
+        lines = out.splitlines()[-2:]
+        assert [words.partition(":")[0] for words in lines] == ["peak memory of loading", "peak memory of generating"]
+        assert all("MB resident" in words and "CUDA alone" in words for words in lines)
+        assert "peak memory" not in run(*line, capsys=capsys)[1]
+
+
+@pytest.mark.gpu
+def test_memory_of_a_device_is_what_was_allocated_there(capsys):
+    line = ["generate", "--use_preset", "tiny", "--generations", 1, "--max_new_tokens", 2, "--device", "cuda"]
+    memory = json.loads(run(*line, "--measure_vram", "--json", capsys=capsys)[1])["peak_memory"]
+    weights = sum(p.numel() * p.element_size() for p in tiny_model().parameters())
+    assert weights <= memory["loading"]["allocated_bytes"] <= memory["loading"]["reserved_bytes"]
+    assert memory["generating"]["allocated_bytes"] > weights
+
+
+def test_an_answer_too_long_says_what_fits_and_prints_no_title(capsys):
+    line = ["generate", "--use_preset", "tiny", "--generations", 1, "--prompt", "x"]
+    code, out, err = run(*line, "--max_new_tokens", 5000, capsys=capsys)
+    fits = re.search(r"max_new_tokens=(\d+) still fits", err)
+    assert (code, out) == (2, "") and fits
+    assert run(*line, "--max_new_tokens", int(fits[1]) + 1, capsys=capsys)[0] == 2
+    assert run(*line, "--max_new_tokens", fits[1], "--greedy", capsys=capsys)[0] == 0
+
+
 MISTAKES = {
     "no preset 'tinny'; did you mean 'tiny'": ["--use_preset", "tinny"],
     "no such folder": ["--checkpoint", "/nowhere/at/all"],
+    "/ is a folder": ["--use_preset", "tiny", "--image", "/"],
     "does not exist": ["--use_preset", "tiny", "--image", "/nowhere/cat.png"],
     "--generations 0": ["--use_preset", "tiny", "--generations", "0"],
     "--device gpu9": ["--use_preset", "tiny", "--device", "gpu9"],

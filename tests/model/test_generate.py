@@ -106,6 +106,22 @@ def test_a_stop_sequence_ends_a_row_like_the_end_token(model):
     assert stopped.tolist() == [free[: place + 1].tolist()]
 
 
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_one_stop_sequence_may_be_given_flat(model, kind):
+    ids, free, place, seed = endings(model)
+    sequence = free[place - 1 : place + 1].tolist()
+    stop = kind(sequence) if kind is not torch.tensor else [torch.tensor(sequence)]
+    stopped = model.generate(ids, None, max_new_tokens=12, eos_token_id=NEVER, stop=stop,
+                             generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    assert stopped.tolist() == [free[: place + 1].tolist()]
+
+
+@pytest.mark.parametrize("stop", ["end", ["end"], [1, "x"], [[1], 2], [[]], [1.5], [[2.5]], 7])
+def test_a_stop_that_is_no_ids_is_refused_with_the_way_out(model, stop):
+    with pytest.raises(PromptError, match=r"stop=.*: expected sequences of token ids.*tokenizer.encode"):
+        model.generate(torch.tensor([[3, 4]]), None, eos_token_id=NEVER, stop=stop)
+
+
 def test_the_tokenizers_end_token_is_asked_when_none_is_given():
     model = tiny_model()
     ids, free, place, seed = endings(model)
@@ -134,7 +150,8 @@ def test_a_prompt_and_its_answer_must_fit_the_positions(model):
     limit = model.cfg.lm_max_position_embeddings
     with pytest.raises(
         PromptTooLong,
-        match=r"1020 positions and max_new_tokens=5 need 1025, but lm_max_position_embeddings=1024",
+        match="1020 positions and max_new_tokens=5 need 1025, but lm_max_position_embeddings=1024: "
+        "max_new_tokens=4 still fits",
     ):
         greedy(model, torch.tensor([prompt(model.cfg, 1020)]), None, count=5)
     assert greedy(model, torch.tensor([prompt(model.cfg, limit - 2)]), None, count=2).shape == (1, 2)

@@ -41,6 +41,20 @@ def load_as_stranger(repo: str) -> dict[str, str]:
         return load(repo)
 
 
+def command(repo: str) -> dict:
+    """What `nanovlm generate --hf_model` prints."""
+    import contextlib
+    import io
+
+    from nanovlm.cli import main
+
+    shown = io.StringIO()
+    line = ["generate", "--hf_model", repo, "--generations", "2", "--max_new_tokens", "4", "--json"]
+    with contextlib.redirect_stdout(shown):
+        code = main([*line, "--device", "cpu", "--prompt", "What?"])
+    return {"code": code, **json.loads(shown.getvalue() or "{}")}
+
+
 def push(folder: str, repo: str, private: bool) -> None:
     from nanovlm import VisionLanguageModel
 
@@ -197,6 +211,15 @@ def test_a_repository_loads_as_the_model_that_was_saved_and_only_its_model_is_fe
     hub.requests.clear()
     assert online(load, "any/whole") == expected
     assert {"config.json", "model.safetensors"} <= resolved(hub) <= set(files)
+
+
+def test_the_command_answers_by_a_repository_and_refuses_one_that_is_none(hub, online, saved):
+    hub.add("any/asked", saved["model 1"][0])
+    hub.requests.clear()
+    said = online(command, "any/asked")
+    assert said["code"] == 0 and said["prompt"] == "What?" and len(said["generations"]) == 2
+    assert {"config.json", "model.safetensors"} <= resolved(hub)
+    assert online(command, "any/none-such") == {"code": 2}
 
 
 def test_revision_selects_a_branch_or_a_commit(hub, online, saved):

@@ -12,6 +12,7 @@ from nanovlm import VisionLanguageModel, preset
 from nanovlm.errors import ImageError, ImageTokenMismatch, NanoVLMError, NoLabels, PromptError, PromptTooLong
 from nanovlm.layers import RMSNorm
 from nanovlm.loss import cross_entropy
+from nanovlm.presets import PRESETS
 from nanovlm.projector import pixel_shuffle
 from nanovlm.vlm import splice
 from tests.model.helpers import pad, prompt, tiles, tiny_config, tiny_model
@@ -314,7 +315,7 @@ def test_the_tokenizer_is_no_part_of_the_state():
     assert set(model.state_dict()) == keys and "tokenizer" not in dict(model.named_modules())
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_original_small"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("tiny")])
 def test_a_tiny_model_builds_in_less_than_50_ms(name):
     import time
 

@@ -191,13 +191,13 @@ def test_a_template_that_trims_still_trims_and_the_loss_follows():
     assert "<start>model\na<|im_end|>" in tokenizer.apply_chat_template([said("  a \n")], tokenize=False)
 
 
-def test_white_space_that_the_template_keeps_around_an_answer_is_not_counted_before_it():
+def test_white_space_that_the_template_keeps_around_an_answer_is_counted():
     tokenizer = tokenizer_of()
     assert (
         tokenizer.apply_chat_template([said("  a")], tokenize=False)
         == "<|im_start|>assistant\n  a<|im_end|>\n"
     )
-    assert counted(tokenizer, [said("  a")]) == ["a<|im_end|>"]
+    assert counted(tokenizer, [said("  a")]) == ["  a<|im_end|>"]
 
 
 def test_an_empty_answer_counts_its_end_alone():

@@ -131,6 +131,27 @@ def test_compiled_tokens_are_the_same_and_nothing_is_compiled_twice(batch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+# -- few rows of float32 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 6, 35])
+def test_few_rows_in_parts_is_the_whole_product(monkeypatch, rows, threads, mkl):
+    monkeypatch.setattr(layers, "MKL", mkl)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = layers.Linear(48, rows, bias=False)
+    for shape in ((1, 48), (48,), (1, 1, 48), (8, 48), (3, 2, 48), (9, 48)):
+        x = torch.randn(shape)
+        want = F.linear(x.double(), layer.weight.double())
+        with torch.no_grad():
+            got = layer(x)
+        assert got.shape == want.shape and (got - want).abs().max() <= 1e-5
+    by_column = layer.weight.detach().T.contiguous().T
+    assert torch.allclose(layers.few_rows(x, by_column), want.float(), atol=1e-5)
+    assert layer(x).requires_grad  # training goes by torch's own product
+
+
 # -- bfloat16 without arithmetic for it -----------------------------------------------------------------------
 
 

@@ -233,6 +233,44 @@ def test_weights_of_another_shape_name_both(tmp_path):
         VisionLanguageModel.from_pretrained(tmp_path)
 
 
+def spoil(name, tensor):
+    """A change to a file's tensors by which the one called ``name`` does not fit any more."""
+    return lambda tensors: tensors.update({name: tensor})
+
+
+TABLE, QKV = "embeddings.position_embedding.weight", "encoder.layers.1.self_attn.k_proj.weight"
+MISFITS = {
+    "a position table of 15 rows is no square": spoil(TABLE, torch.ones(15, 32)),
+    r"position_embedding: \(16, 31\) in the file": spoil(TABLE, torch.ones(16, 31)),
+    r"qkv_proj.weight: \(32, 32\) \+ \(32, 16\) \+ \(32, 32\) in the file": spoil(QKV, torch.ones(32, 16)),
+    r"qkv_proj.weight: \(32, 32\) \+ \(16, 32\) \+ \(32, 32\) in the file": spoil(QKV, torch.ones(16, 32)),
+    "torch.int8 in the file, torch.float32 here": spoil("post_layernorm.bias", torch.ones(32, dtype=torch.int8)),
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_a_tensor_that_does_not_fit_is_found_before_the_first_is_filled(tmp_path, message):
+    """Through joins, too, whose result is known once they ran: they run without memory first."""
+    model = tiny_model().vision_encoder
+    tensors = {name: tensor.clone() for name, tensor in to_hub(model, model.RULES).items()}
+    MISFITS[message](tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    kept = {name: tensor.clone() for name, tensor in tiny_model(seed=1).vision_encoder.state_dict().items()}
+    other = tiny_model(seed=1).vision_encoder
+    with pytest.raises(WeightsError, match=message):
+        load(other, Checkpoint([tmp_path / "model.safetensors"]), model.RULES, ignored=model.IGNORED)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def test_tied_tensors_that_differ_are_found_before_the_first_is_filled(tmp_path):
+    path = saved(tmp_path, tiny_model(lm_tie_weights=False))
+    model = tiny_model(seed=1)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(WeightsError, match="differ, but lm_tie_weights=True"):
+        load(model, Checkpoint([path]))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
     path = saved(tmp_path)
     tensors = load_file(path)
