@@ -154,8 +154,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # How a twin is trained from random weights within minutes; TrainConfig's own defaults are for pretrained backbones.
 TINY_RECIPE: dict[str, Any] = {
-    "batch_size": 32, "gradient_accumulation_steps": 1, "lr_mp": 0.003, "lr_backbones": 0.003,
-    "warmup_ratio": 0.08, "min_lr_ratio": 0.02, "max_training_steps": 1300, "pack": False,
+    "batch_size": 32, "gradient_accumulation_steps": 1, "lr_mp": 0.002, "lr_backbones": 0.002,
+    "adam_beta2": 0.95, "warmup_ratio": 0.08, "min_lr_ratio": 0.02, "max_training_steps": 1300, "pack": False,
     "validation_batches": 8, "num_workers": 1,
     "max_threads": 1,  # waking a second one costs more than its half of the work
 }  # fmt: skip

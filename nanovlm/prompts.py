@@ -196,7 +196,7 @@ def conversation(
     (v0.1 and v0.2) it has the form of ``question``, an end token behind each answer.
     """
     if generation_of(tokenizer.extra_tokens) == "main":
-        messages = []
+        messages: list[dict[str, str]] = []
         for user, assistant in turns:
             asked = user if messages else pictures + user
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": assistant}]
@@ -272,7 +272,8 @@ def _collect(rendered: str, mark: str, begin: str, end: str, edge: str, specials
     An answer is ``edge`` white space ``begin`` words ``end`` white space ``edge``; trimmed, it has no edges.
     """
     answers: list[list[int]] = []
-    pieces, length = [], 0
+    pieces: list[str] = []
+    length = 0
     outer: int | None = None  # where an edge was seen, and only white space since
     open_at: int | None = None
     for piece in re.split(f"([{begin}{end}{edge}])", rendered):
