@@ -10,6 +10,7 @@ import ipaddress
 import os
 import random
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +147,32 @@ def picture_file(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "picture.png"
     draw().save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the preset `tiny` on drawings, trained as a newcomer would, once a session.
+
+    It takes minutes: for tests marked slow. Beside the checkpoint lie `printed.txt`, what the command printed,
+    and `cpu_s.txt`, the seconds of processor time that it took.
+    """
+    output = tmp_path_factory.mktemp("trained")
+    words = "-m nanovlm train --use_preset tiny --train_dataset_path synthetic --run_name tiny".split()
+    plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, *words, "--output_dir", str(output)],
+        cwd=Path(__file__).parent,
+        env=plain,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    after, run = os.times(), output / "tiny"
+    spent = after.children_user - before.children_user + after.children_system - before.children_system
+    (run / "printed.txt").write_text(done.stdout)
+    (run / "cpu_s.txt").write_text(str(spent))
+    return run
 
 
 def draw(width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0) -> Image:

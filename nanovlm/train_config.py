@@ -82,6 +82,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03  # upstream's numbers, as are the next two
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.01
+    adam_beta2: float = 0.999  # torch's own
     autocast: str = "auto"  # bfloat16 where the device has it; or "bfloat16", "float32"
     activation_checkpointing: str = "nothing"  # what is computed again: "nothing", "elementwise", "blocks"
     shard: bool = False
@@ -98,7 +99,7 @@ class TrainConfig:
                 raise ConfigError(f"{f.name}={value}: expected a positive count")
         if self.val_ratio >= 1:
             raise ConfigError(f"val_ratio={self.val_ratio} leaves nothing to train on; use less than 1")
-        for name in ("warmup_ratio", "min_lr_ratio"):
+        for name in ("warmup_ratio", "min_lr_ratio", "adam_beta2"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
         for name, choices in CHOICES.items():
