@@ -10,12 +10,15 @@ READY = $(VENV)/.ready
 
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.PHONY: help setup compat test slow gate report bench lint clean
+.PHONY: help setup compat test slow faults gate report bench lint clean
 
 help:
 	@echo 'make compat [TARGET=FOLDER]  judge this model, or the fork in FOLDER: table, and entry in MODIFICATIONS_LOG.md'
+	@echo 'make gate                    may this be merged: checks, comparison with the merge-base, waivers'
+	@echo 'make report [ARGS=--open]    all runs kept here as one page, .compat/report.html'
 	@echo 'make test                    the tests (ARGS="-k NAME" picks some)'
 	@echo 'make slow                    the tests marked slow'
+	@echo 'make faults                  every seeded fault and every harmless refactor, through a lock and a comparison'
 	@echo 'make lint                    ruff'
 	@echo 'make bench                   time a run, compare with the last time on this machine'
 	@echo 'make clean                   remove .venv, .nox and caches; kept runs and timings stay'
@@ -40,8 +43,14 @@ test: $(READY)
 slow: $(READY)
 	$(RUN) pytest -m slow $(ARGS)
 
-gate report:
-	@echo 'make $@: compat has no command "$@" yet; nothing was checked.' >&2; exit 2
+faults: $(READY)
+	$(RUN) pytest tests/faults -m 'slow or not slow' $(ARGS)
+
+gate: $(READY)
+	$(RUN) compat gate '$(TARGET)' $(ARGS)
+
+report: $(READY)
+	$(RUN) compat report $(ARGS)
 
 bench: $(READY)
 	$(RUN) pytest benchmarks --benchmark-autosave --benchmark-compare $(ARGS)

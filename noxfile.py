@@ -59,6 +59,12 @@ def compat(session: nox.Session, combo: str) -> None:
 
 
 @nox.session
+def gate(session: nox.Session) -> None:
+    """What changed since the merge-base, and whether it may be merged; options may follow `--`."""
+    run(session, tested(session), "compat", "gate")
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Everything not marked slow."""
     run(session, tested(session), "pytest")

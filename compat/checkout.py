@@ -117,6 +117,62 @@ def resolve_commit(folder: Path, ref: str) -> str:
     raise CheckoutError(f"'{ref}' names no commit of {folder}; git branch -a and git tag list what exists", 2)
 
 
+def top(folder: Path) -> Path:
+    """The root of the checkout around ``folder``; the folder itself outside git and in a bare repository."""
+    found = _git(folder, "rev-parse", "--show-cdup", check=False).rstrip("\n")
+    return (folder / found).resolve()
+
+
+def prefix(folder: Path) -> str:
+    """Where ``folder`` lies in its repository: "" at the root, else "research/vlm"."""
+    return _git(folder, "rev-parse", "--show-prefix", check=False).rstrip("\n").rstrip("/")
+
+
+def default_branch(folder: Path) -> str | None:
+    """What changes are merged into, as a ref: origin's HEAD, else main or master there, else here."""
+    named = _git(folder, "symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD", check=False).strip()
+    here = [f"refs/heads/{name}" for name in ("main", "master")]
+    there = [f"refs/remotes/origin/{name}" for name in ("main", "master")]
+    for ref in [*([f"refs/remotes/{named}"] if named else []), *there, *here]:
+        if _git(folder, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", check=False).strip():
+            return ref.removeprefix("refs/remotes/").removeprefix("refs/heads/")
+    return None
+
+
+def current_branch(folder: Path) -> str | None:
+    """The branch that is checked out; None when HEAD is detached."""
+    return _git(folder, "symbolic-ref", "--quiet", "--short", "HEAD", check=False).strip() or None
+
+
+def merge_base(folder: Path, one: str, other: str) -> str | None:
+    """The newest commit that both have; None where the repository at hand shows none."""
+    return _git(folder, "merge-base", "--end-of-options", one, other, check=False).strip() or None
+
+
+def is_shallow(folder: Path) -> bool:
+    return _git(folder, "rev-parse", "--is-shallow-repository", check=False).strip() == "true"
+
+
+def between(folder: Path, goods: list[str], bad: str) -> list[str]:
+    """Ancestors of ``bad`` that are none of ``goods``, ``bad`` itself among them; the most telling one first."""
+    listed = _git(folder, "rev-list", "--bisect-all", bad, *(f"^{good}" for good in goods))
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+def history(folder: Path, good: str, bad: str) -> list[str]:
+    """Commits after ``good`` up to ``bad``, parents before children."""
+    return _git(folder, "rev-list", "--topo-order", "--reverse", bad, f"^{good}").split()
+
+
+def is_ancestor(folder: Path, one: str, other: str) -> bool:
+    return merge_base(folder, one, other) == one
+
+
+def subject(folder: Path, commit: str) -> str:
+    """ "1a2b3c4d5e (2026-11-21, A. Name) what the commit says of itself"."""
+    return _git(folder, "log", "-1", "--no-show-signature", "--format=%h (%as, %an) %s", "--abbrev=10", commit).strip()
+
+
 def head_commit(folder: Path) -> tuple[str | None, bool | None]:
     """(commit, dirty) of the checkout in ``folder``; (None, None) outside a repository. Runs no hook.
 
@@ -139,6 +195,22 @@ def head_commit(folder: Path) -> tuple[str | None, bool | None]:
     except CheckoutError:  # a bare repository, or an index that cannot be read
         return commit, None
     return commit, bool(status.strip())
+
+
+def tags(folder: Path, most: int = 50) -> list[dict]:
+    """The newest tags of the repository around ``folder``: name, date, commit, subject; none outside of one."""
+    words = ("refname:strip=2", "creatordate:short", "objectname", "*objectname", "contents:subject")
+    form = "%00".join(f"%({word})" for word in words)
+    try:
+        newest = ("--sort=-creatordate", f"--count={most}", f"--format={form}", "refs/tags")
+        told = _git(folder, "for-each-ref", *newest, check=False)
+    except CheckoutError:
+        return []
+    found = []
+    for line in told.splitlines():
+        name, date, tagged, commit, subject = (line.split("\0") + [""] * 5)[:5]
+        found.append({"name": name, "date": date, "commit": commit or tagged, "subject": subject[:200]})
+    return found
 
 
 def _private_clone(common: Path) -> Path:

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from compat.combo import SCALES, Combo, UnknownCombo, choose
+from compat.figures import measure
+from compat.parallel import Terminated
 from compat.process import Child, ChildFailed, CouldNotAsk, NotSupported, TargetRaised
 from compat.result import (
     DETAIL_CHARS,
@@ -40,7 +42,10 @@ THEIRS = (AssertionError, TargetRaised, ChildFailed)
 HERE = str(Path(__file__).resolve().parent)
 CHILD = os.path.join(HERE, "child")
 REMEMBERED_BYTES = 2**24  # arrays of an answer beyond which it is asked again instead
-INTERRUPTED = "interrupted from the keyboard"
+
+
+def interruption(error: KeyboardInterrupt) -> str:
+    return "interrupted by SIGTERM" if isinstance(error, Terminated) else "interrupted from the keyboard"
 
 
 class Silent:
@@ -193,7 +198,7 @@ class Judge:
 
     def pytest_keyboard_interrupt(self, excinfo):
         if isinstance(excinfo.value, KeyboardInterrupt):
-            self.incomplete = INTERRUPTED
+            self.incomplete = interruption(excinfo.value)
 
     def pytest_internalerror(self, excrepr, excinfo):
         self._record(
@@ -304,8 +309,8 @@ def judge(
     try:
         with alone():
             code = pytest.main([*arguments, *(str(suite.path) for suite in suites)], plugins=[plugin])
-    except KeyboardInterrupt:
-        code, plugin.incomplete = pytest.ExitCode.INTERRUPTED, INTERRUPTED
+    except KeyboardInterrupt as error:
+        code, plugin.incomplete = pytest.ExitCode.INTERRUPTED, interruption(error)
     if plugin.could_not_ask and not plugin.results:
         raise CouldNotAsk(plugin.could_not_ask)
     run.results = plugin.results
@@ -316,8 +321,14 @@ def judge(
     run.environment = {name: value for name, value in (child.hello or {}).items() if name != "notes"}
     for combo, facts in plugin.described.items():
         run.environment |= facts.get("environment", {})
-        label = f"{combo}: " if len(combos) > 1 else ""
+        label = f"{combo}: " if len(run.combos) > 1 else ""
         run.notes += [label + note for note in facts.get("notes", []) if label + note not in run.notes]
+    try:
+        for combo, facts in plugin.described.items():
+            if not run.incomplete:
+                run.cost[combo], run.facts[combo] = measure(plugin.asker(combo), facts, run.checks(combo))
+    except KeyboardInterrupt as error:
+        run.incomplete = interruption(error)
     run.start_s = round(plugin.start_s, 3)
     run.output = bounded(child.output, OUTPUT_CHARS, tail=True)
     run.elapsed_s = round(time.monotonic() - began, 3)

@@ -77,6 +77,7 @@ class Child:
         self.hello: dict | None = None
         self.starts = 0
         self._deadline: float | None = None
+        self._closed, self._stopping = False, threading.Lock()
         self._process: subprocess.Popen | None = None
         self._printed = _Bounded(OUTPUT_BYTES)
         self._home: tempfile.TemporaryDirectory | None = None
@@ -100,7 +101,7 @@ class Child:
         document = {"combo": combo, "parameters": parameters}
         if self._process is not None and self._disturbed():
             self._stop()
-        fresh = self._process is None
+        fresh = not self._ready
         if fresh:
             self._start()
         try:
@@ -114,7 +115,8 @@ class Child:
         return self._exchange(question, document)
 
     def close(self) -> None:
-        """End the child and everything it started that can be found."""
+        """End the child and everything it started that can be found; no question starts it again."""
+        self._closed = True
         self._stop()
         if self._home is not None:
             with contextlib.suppress(OSError):
@@ -127,14 +129,26 @@ class Child:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def _ready(self) -> bool:
+        """Whether a process waits for questions about the target."""
+        return self._process is not None
+
     def _disturbed(self) -> bool:
         """Whether the child ended, or wrote more than its answers, since the last of them."""
         return self._process.poll() is not None or bool(select.select([self._from], [], [], 0)[0])
 
     def _start(self) -> None:
+        if self._closed:  # by another thread, while this one had a question left
+            raise CouldNotAsk("the target's process was ended")
         if self.starts >= MAX_STARTS:
             raise ChildFailed(f"the process ended {self.starts} times; not started again")
         self.starts += 1
+        self._launch()
+        self._greet()
+
+    def _launch(self) -> None:
+        """Start the worker's process; it has imported nothing yet."""
         if self._home is None:
             self._home = tempfile.TemporaryDirectory(prefix="compat-home-")
         # Found from where the user stands: the child starts in the target's folder. A venv's link stays one.
@@ -173,7 +187,13 @@ class Child:
         os.set_blocking(question_write, False)
         os.set_blocking(answer_read, False)
         self._to, self._from = question_write, answer_read
-        threading.Thread(target=self._printed.drain, args=(self._process.stdout,), daemon=True).start()
+        self._ended = threading.Event()
+        arguments = (self._process.stdout.fileno(), self._ended)
+        self._drain = threading.Thread(target=self._printed.drain, args=arguments, daemon=True)
+        self._drain.start()
+
+    def _greet(self) -> None:
+        """Let the process import the target."""
         try:
             self.hello = self._exchange(
                 "hello",
@@ -224,6 +244,12 @@ class Child:
         kind = {protocol.UNSUPPORTED: NotSupported, protocol.UNASKABLE: CouldNotAsk}.get(outcome, WorkerError)
         raise kind(reply["message"])
 
+    def _send(self, question: str) -> None:
+        """Ask what nobody answers."""
+        frame = protocol.encode(secrets.token_bytes(16), {"question": question})
+        with contextlib.suppress(_Late, OSError):
+            self._write(frame, time.monotonic() + self.timeout_s)
+
     def _write(self, data: bytes, until: float) -> None:
         view = memoryview(data)
         while view:
@@ -263,14 +289,18 @@ class Child:
         return f"ended with exit code {code}"
 
     def _stop(self) -> None:
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        os.close(self._to)
-        os.close(self._from)
-        self._process = None
+        with self._stopping:  # the thread that asks, and one that closes
+            if self._process is None:
+                return
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._ended.set()
+            self._drain.join()
+            self._process.stdout.close()
+            os.close(self._to)
+            os.close(self._from)
+            self._process = None
 
 
 class _Late(Exception):
@@ -289,9 +319,19 @@ class _Bounded:
         self.head, self.tail, self.total = bytearray(), bytearray(), 0
         self.lock = threading.Lock()
 
-    def drain(self, stream) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while chunk := stream.read1(65536):
+    def drain(self, descriptor: int, ended: threading.Event) -> None:
+        """Read until the end of the stream, or, when a grandchild holds it open, until the process has ``ended``."""
+        flood = 100  # chunks that are still read of a grandchild that never stops writing
+        with contextlib.suppress(OSError):
+            while flood:
+                if over := ended.is_set():  # asked before the stream: what was written by then is still read
+                    flood -= 1
+                if not select.select([descriptor], [], [], 0.0 if over else 0.1)[0]:
+                    if over:
+                        return
+                    continue
+                if not (chunk := os.read(descriptor, 65536)):
+                    return
                 with self.lock:
                     self.total += len(chunk)
                     room = self.half - len(self.head)

@@ -16,6 +16,7 @@ SCHEMA = 1
 PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"
 MESSAGE_CHARS, DETAIL_CHARS, OUTPUT_CHARS = 600, 4096, 20_000
 OK, REGRESSION, USAGE, INCOMPLETE = 0, 1, 2, 3  # exit codes
+LATER = {"findings", "cost", "facts", "source"}  # fields that runs saved by older versions do not have
 
 
 class NotARun(ValueError):
@@ -111,6 +112,11 @@ class Run:
     elapsed_s: float = 0.0
     start_s: float = 0.0  # of elapsed_s, until the target's process gave its first answer
     log: dict = field(default_factory=dict)  # {"path", "entry", "error"} once it was written, or refused
+    # combo, rule, tier, path, old, new, verdict (a severity of compat.rules), why, fix, waived ("" or the reason)
+    findings: list[dict] = field(default_factory=list)
+    cost: dict = field(default_factory=dict)  # combo -> {"flops_forward": 7004672, ...}, what compat.figures measured
+    facts: dict = field(default_factory=dict)  # combo -> {"special_tokens", "loading_fields", "not_measured"}
+    source: str = ""  # of a run that was read from a log somebody kept by hand: the file, and the heading's line
     schema: int = SCHEMA
 
     @classmethod
@@ -151,7 +157,8 @@ class Run:
             raise NotARun("this is no saved run: it has no schema number")
         if data["schema"] != SCHEMA:
             raise NotARun(f"the run is of schema {data['schema']!r}; this version reads schema {SCHEMA}")
-        wrong = sorted(set(data) ^ {f.name for f in fields(cls)})
+        known = {f.name for f in fields(cls)}
+        wrong = sorted((set(data) - known) | (known - LATER - set(data)))
         if wrong:
             raise NotARun(f"the run's fields do not fit schema {SCHEMA}: {', '.join(wrong)}")
         try:

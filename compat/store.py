@@ -51,11 +51,17 @@ def save(run: Run, folder: Path = RUNS) -> Path:
     """Write the run, over what was there of it, and return its path. Raises OSError."""
     path = path_of(run, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    hide = path.parent.parent / ".gitignore"
-    if path.parent.parent.name == ".compat" and not hide.exists():
-        write_atomic(hide, b"*\n")
+    if path.parent.parent.name == ".compat":
+        hide(path.parent.parent)
     write_atomic(path, dumps(run))
     return path
+
+
+def hide(folder: Path) -> None:
+    """Make ``folder``, if need be, and keep git from seeing what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / ".gitignore").exists():
+        write_atomic(folder / ".gitignore", b"*\n")
 
 
 def load(path: Path) -> Run:

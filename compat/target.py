@@ -6,7 +6,7 @@ Nothing here imports or runs the target; the child finds the model inside the fo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compat.checkout import CheckoutError, checkout, head_commit
@@ -30,7 +30,7 @@ class Target:
 
     label: as the user wrote it. folder: the checkout, the child's working directory. module, cls: set
     when the user named the class. file: set for file.py:Class. commit, dirty: None outside git.
-    missing: files of a ref whose blob the repository does not have.
+    missing: files of a ref whose blob the repository does not have. source: the folder a ref was asked of.
     """
 
     label: str
@@ -42,6 +42,7 @@ class Target:
     commit: str | None = None
     dirty: bool | None = None
     missing: tuple[str, ...] = ()
+    source: Path | None = None
 
     def as_dict(self) -> dict:
         """What the child needs to find the model."""
@@ -77,6 +78,14 @@ def resolve(text: str) -> Target:
     )
 
 
+def at_commit(target: Target, ref: str) -> Target:
+    """The same target in another commit of its repository. Raises TargetError."""
+    name = target.label.removesuffix(f"@{target.ref}") if target.ref else target.label
+    found = _at_ref(f"{name}@{ref}", target.source or target.folder, ref)
+    file = target.file and found.folder / target.file.relative_to(target.folder)
+    return replace(found, module=target.module, cls=target.cls, file=file)
+
+
 def _project_of(file: Path) -> Path:
     """The folder a file's imports may reach up to: its checkout, else the current folder, else its own."""
     checkouts = [parent for parent in file.parents if (parent / ".git").exists()]
@@ -89,7 +98,7 @@ def _at_ref(label: str, folder: Path, ref: str) -> Target:
         found = checkout(folder, ref)
     except CheckoutError as error:
         raise TargetError(str(error), error.exit_code) from None
-    return Target(label, found.folder, ref=ref, commit=found.commit, dirty=False, missing=found.missing)
+    return Target(label, found.folder, None, None, None, ref, found.commit, False, found.missing, folder)
 
 
 def _with_commit(label: str, folder: Path, **named) -> Target:
