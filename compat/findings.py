@@ -22,6 +22,8 @@ SURFACES = {  # first word of a path -> who depends on it; the model where none 
     "processor": "data",
     "data": "data",
     "backbones": "backbone_loading",
+    "backbone_weights": "backbone_loading",
+    "backbone_weights_resized": "backbone_loading",
 }
 
 
@@ -48,6 +50,7 @@ class Finding:
     """path: a fact, or several as a pattern (compat.ranges). old, new: as text to show.
 
     where: the first module that differs. also: patterns of facts that changed for the same reason.
+    proof: what loading or calling it showed, in lines to paste.
     members: of measured values, every path with its old and new one; path is then the one farthest off.
     """
 
@@ -61,6 +64,7 @@ class Finding:
     where: str = ""
     also: tuple[str, ...] = ()
     members: dict[str, list] = field(default_factory=dict)
+    proof: str = ""
 
     def __str__(self) -> str:
         return f"{self.rule} {self.path}: {self.old} -> {self.new}"
@@ -77,6 +81,7 @@ class Found:
         self.hits: dict[str, dict[str, Hit]] = {}
         self.following: dict[str, list[Change]] = {}
         self.notes: list[str] = []
+        self.proofs: dict[str, str] = {}  # of a rule
 
     def add(self, rule: str, path: str, hit: Hit) -> None:
         self.hits.setdefault(rule, {}).setdefault(path, hit)
@@ -92,7 +97,7 @@ class Found:
 
     def findings(self, catalogue: dict[str, Rule], where: str) -> list[Finding]:
         """where: the first module that differs, for the rules about numbers."""
-        found = []
+        found, proofs = [], dict(self.proofs)
         for id, hits in self.hits.items():
             rule = catalogue[id]
             also = tuple(group(c.path for c in self.following.get(id, []) if c.path not in hits))
@@ -109,9 +114,10 @@ class Found:
                         where=where if rule.tier == "NUMERIC" else "",
                         also=also,
                         members=members,
+                        proof=proofs.pop(id, ""),
                     )
                 )
-                also = ()  # told once a rule
+                also = ()  # told once a rule, as its proof is
         return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from compat.crossing import Crossing
 from compat.findings import SURFACES, Finding, Found, Rule, surface_of
 from compat.matchers import FOLLOWS, RULES
 from compat.matchers.change import ABSENT, Change, Hit, same
@@ -61,7 +62,11 @@ class Comparison:
 @cache
 def catalogue() -> dict[str, Rule]:
     """Every rule by id, in the file's order. Raises ValueError naming the rule that is wrong."""
-    with open(TABLE, "rb") as file:
+    return read_rules(TABLE)
+
+
+def read_rules(path: Path) -> dict[str, Rule]:
+    with open(path, "rb") as file:
         tiers = tomllib.load(file)
     rules = {}
     for tier, entries in tiers.items():
@@ -86,19 +91,38 @@ def find_rule(text: str) -> Rule:
     raise UnknownRule(f"no rule named {text!r}" + (f"; near: {', '.join(near[:6])}" if wanted and near else ""))
 
 
-def compare(lock_a: dict, lock_b: dict) -> Comparison:
-    """What changed from A to B. Raises NotComparable."""
+def compare(
+    lock_a: dict,
+    lock_b: dict,
+    rules: dict[str, Rule] | None = None,
+    allowed: dict | None = None,
+    crossing: Crossing | None = None,
+) -> Comparison:
+    """What changed from A to B, by ``rules`` and tolerances (``allowed``) other than ours if given.
+
+    crossing: what came of loading A's checkpoint in B (compat.witness); without it the locks alone are judged.
+    Raises NotComparable.
+    """
     _same_question(lock_a, lock_b)
     a, b = lock_a["facts"], lock_b["facts"]
     found = Found()
+    devices = _device(lock_a), _device(lock_b)
+    own = Pair(a, b, devices, allowed)
+    if crossing:
+        a, b = crossing.sides(a, b)
     a, b = _without_failures(a, b, found)
-    pair = Pair(a, b, (_device(lock_a), _device(lock_b)))
+    pair = Pair(a, b, devices, allowed)
+    if crossing:
+        pair.crossed, pair.promised = crossing.measured is not None, crossing.promised
     for change in _changes(pair):
         _judge(change, found)
     found.promote()
+    if crossing:
+        crossing.settle(found, own)
+        found.notes += crossing.notes
     surfaces = {surface_of(path) for path in (*lock_a["facts"], *lock_b["facts"])}
     findings = sorted(
-        found.findings(catalogue(), "" if pair.redrawn else pair.first_difference),
+        found.findings(rules or catalogue(), "" if pair.redrawn else pair.first_difference),
         key=lambda f: (-VERDICTS.index(f.severity), *_place(f.rule)),
     )
     surfaces |= {finding.surface for finding in findings}

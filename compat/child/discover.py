@@ -37,7 +37,7 @@ TRAIN_FIELDS = {"batch_size", "lr_mp", "lr_backbones", "gradient_accumulation_st
                 "train_dataset_path", "compile", "learning_rate", "lr"}  # fmt: skip
 
 Class = namedtuple("Class", "file name methods fields attributes bases")
-Found = namedtuple("Found", "root model config train_config functions classes others")
+Found = namedtuple("Found", "root model config train_config functions classes others rivals")
 Place = namedtuple("Place", "module name")
 
 
@@ -47,13 +47,14 @@ def discover(folder, cls=None, file=None, root=None):
     cls, file: only a class of that name, only in that file. root: where imports start, when that is known.
     root: the folder to put on sys.path. model, config, train_config: Place(module, name) or None.
     functions, classes: {name: [Place]} of what the data side defines. others: files with lesser candidates.
+    rivals: where several classes look like the model alike, and lie as deep, all of them: ["file.py:Class"].
     """
     classes, functions = [], []
     for path in dict.fromkeys([*([file] if file else []), *python_files(folder)]):
         tree = parse(path)
         if tree is not None:
             classes += read_classes(path, tree)
-            functions += [(path, node.name) for node in tree.body if isinstance(node, ast.FunctionDef)]
+            functions += [(path, name) for name in function_names(tree)]
     models = sorted(
         (
             (score_model(c), c)
@@ -81,7 +82,11 @@ def discover(folder, cls=None, file=None, root=None):
     for c in near:
         class_places.setdefault(c.name, []).append(place(c))
     others = sorted({f"{os.path.relpath(c.file, folder)}:{c.name}" for _, c in models[1:]})
-    return Found(root, place(model), place(config), place(train), by_name, class_places, others)
+    rivals = [c for score, c in models if (score, c.file.count(os.sep)) == (models[0][0], model.file.count(os.sep))]
+    names = {c.name for c in rivals}
+    rivals = [c for c in rivals if not names & {base.rpartition(".")[2] for base in c.bases}]  # no variant of another
+    rivals = sorted({f"{os.path.relpath(c.file, folder)}:{c.name}" for c in rivals})
+    return Found(root, place(model), place(config), place(train), by_name, class_places, others, rivals)
 
 
 def python_files(folder):
@@ -126,6 +131,15 @@ def broken_files(folder):
         except (OSError, ValueError, RecursionError, MemoryError) as error:
             found.append(f"{name} ({error})")
     return found
+
+
+def function_names(tree):
+    """Names of a module's functions, second names (``old = new``) included."""
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in names:
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return names
 
 
 def read_classes(path, tree):

@@ -15,6 +15,8 @@ import platform
 import tempfile
 from json import dumps  # bound now: the target may put others into the module
 
+from .crossing import CrossingQuestions
+from .figures import FigureQuestions
 from .lock import LockQuestions
 from .protocol import VERSION, NotSupported, Unaskable, theirs
 from .readings import (
@@ -35,7 +37,7 @@ from .subject import Subject
 WITHOUT_MODEL = ("train_config", "lock_train_config", "lock_scripts")
 
 
-class Session(LockQuestions):
+class Session(LockQuestions, FigureQuestions, CrossingQuestions):
     """Answers questions about one target."""
 
     def __init__(self, target, device):
@@ -63,6 +65,7 @@ class Session(LockQuestions):
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "numpy": version("numpy"),
+            "cuda": torch.version.cuda,
             "device": self.device,
             "gpu": gpu,
             "platform": platform.platform(),
@@ -128,7 +131,7 @@ class Session(LockQuestions):
 
     def ask_describe(self, adapter):
         """Fields, signatures and sizes of the model."""
-        from .adapters.base import config_default, config_values, field_names
+        from .adapters.configs import config_default, config_values, field_names
 
         cls = type(adapter.config)
         values = config_values(adapter.config)
@@ -155,6 +158,7 @@ class Session(LockQuestions):
             "image_tokens": adapter.image_tokens,
             "max_positions": adapter.max_positions,
             "image_size": adapter.image_size,
+            "image_form": adapter.image_form,
             "layout": adapter.layout,
             "takes": adapter.takes,
             "parameters": sum(p.numel() for p in adapter.model.parameters()),
@@ -250,7 +254,7 @@ class Session(LockQuestions):
         """Save, load, and compare keys, config and logits."""
         import torch
 
-        from .adapters.base import config_values
+        from .adapters.configs import config_values
 
         cls = self.subject.model_class
         for method in ("save_pretrained", "from_pretrained"):
@@ -375,7 +379,7 @@ class Session(LockQuestions):
 
     def ask_train_config(self):
         """Fields and defaults of the training config."""
-        from .adapters.base import blank, config_default, field_names
+        from .adapters.configs import blank, config_default, field_names
 
         if self.subject.found.train_config is None:
             raise NotSupported("no training config class was found")

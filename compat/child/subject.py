@@ -23,6 +23,11 @@ class Subject:
             self.found = self.named(folder, target["module"], target["cls"])
         else:
             self.found = discover(folder, cls=target["cls"], file=file)
+            if self.found and len(self.found.rivals) > 1:
+                raise Unaskable(
+                    f"{len(self.found.rivals)} classes look like the model alike: {', '.join(self.found.rivals[:8])}; "
+                    f"name one instead of the folder, as FOLDER/{self.found.rivals[0]}"
+                )
         if self.found is None:
             raise Unaskable(f"{not_found(target['cls'], file)}{unread(folder)}")
         if self.found.config is None:

@@ -6,8 +6,8 @@ elsewhere, already tells of it, None when the matchers are to judge. A change th
 of its own, so that a new kind of fact cannot pass unnoticed.
 """
 
-from compat.matchers import api, cost, data, load, numeric
+from compat.matchers import api, cost, crossing, data, load, numeric
 
-_MODULES = (load, api, data, numeric, cost)
+_MODULES = (load, crossing, api, data, numeric, cost)
 RULES = {section: rules for module in _MODULES for section, rules in module.RULES.items()}
 FOLLOWS = {section: rule for module in _MODULES for section, rule in module.FOLLOWS.items()}

@@ -97,8 +97,17 @@ def derived_value(change: Change) -> Hit | None:
     return Hit(change.old, change.new) if change.both else None
 
 
+def derived_changed(change: Change) -> Hit | None:
+    return Hit(change.old, change.new) if not change.added else None
+
+
 def derived_follows(change: Change) -> str | None:
     return "" if change.added else None
+
+
+def rate_follows(change: Change) -> str | None:
+    """A parameter that came, went or goes by another name has another rate because of that."""
+    return change.pair.causes.get(change.name) or ("" if change.added else None)
 
 
 # -- flags of scripts ------------------------------------------------------------------------------------------
@@ -350,6 +359,9 @@ RULES = {
         "TRAIN.default": field_default,
         "TRAIN.field_type": field_type,
     },
+    "train_config.derived": {"TRAIN.derived": derived_changed},
+    "train_config.schedule": {"TRAIN.derived": derived_changed},
+    "train_config.rate": {"TRAIN.derived": derived_changed},
     "script": {
         "API.script_removed": script_removed,
         "API.flag_removed": flag_removed,
@@ -370,6 +382,9 @@ FOLLOWS = {
     "train_config.field": field_follows,
     "config.effect": effect_follows,
     "config.derived": derived_follows,
+    "train_config.derived": derived_follows,
+    "train_config.schedule": derived_follows,
+    "train_config.rate": rate_follows,
     "signature": call_follows,
     "returns": returns_follow,
 }

@@ -87,7 +87,10 @@ def processor_follows(change: Change) -> str | None:
     if not is_pixels:
         if not change.both or any(rule(change) for rule in RULES["processor"].values()):
             return None
-        return "DATA.pixels" if changed_parts(change) <= {"low", "high"} else None
+        if not changed_parts(change) <= {"low", "high"}:
+            return None
+        old, new = (side.get(f"{change.path}.pixels", ABSENT) for side in (change.pair.a, change.pair.b))
+        return "DATA.pixels" if change.pair.apart(old, new, "pixels") is not None else ""  # by less than anybody sees
     if not change.both:
         return None
     path = f"processor.{picture}"
@@ -115,7 +118,7 @@ def no_labels(change: Change) -> Hit | None:
 
 
 def labels(change: Change) -> Hit | None:
-    return None if no_labels(change) else differs(change, "supervised", "labels_text")
+    return None if no_labels(change) else differs(change, "supervised", "labels_text", "shift")
 
 
 def features_mismatch(change: Change) -> Hit | None:

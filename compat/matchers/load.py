@@ -118,6 +118,20 @@ def backbone_found(change: Change) -> Hit | None:
     return Hit(change.old, change.new) if found else None
 
 
+def backbone_weights(change: Change) -> Hit | None:
+    """Of a key that is filled from a file on one side at least."""
+    if not change.both:
+        return Hit("no file's" if change.added else "a file's", "no file's" if change.removed else "a file's")
+    size = change.pair.apart(change.old, change.new, "activation")
+    return None if size is None else Hit("the file's numbers", f"off by {size:.2g} of their size", size)
+
+
+def backbone_weights_follow(change: Change) -> str | None:
+    if change.name in change.pair.causes:
+        return change.pair.causes[change.name]
+    return "" if backbone_weights(change) is None else None
+
+
 def shape_of(value) -> str:
     """[32, 64] float32, as a finding shows a tensor."""
     shape, kind = part(value, "shape"), part(value, "dtype")
@@ -165,10 +179,14 @@ RULES = {
     },
     "saved_alias": {"LOAD.saved_alias": saved_alias},
     "backbones": {"LOAD.backbone_missing": backbone_missing, "LOAD.backbone_found": backbone_found},
+    "backbone_weights": {"LOAD.backbone_weights": backbone_weights},
+    "backbone_weights_resized": {"LOAD.backbone_weights": backbone_weights},
 }
 FOLLOWS = {
     "state": state_follows,
     "saved": saved_follows,
     "saved_alias": saved_follows,
     "backbones": backbones_follow,
+    "backbone_weights": backbone_weights_follow,
+    "backbone_weights_resized": backbone_weights_follow,
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from compat.matchers.change import Change, Hit, part, same
+from compat.matchers.change import ABSENT, Change, Hit, part, same
 
 PLAIN = "fp32"
 CASES = {
     "bf16": "NUMERIC.bf16",
+    "bf16_longest": "NUMERIC.bf16",
     "left_padded": "NUMERIC.padding",
     "right_padded": "NUMERIC.padding",
     "text_only": "NUMERIC.text_only",
@@ -72,7 +73,11 @@ def loss(change: Change) -> Hit | None:
     """The loss of logits that agree."""
     if not change.both or not change.name.endswith(".loss"):
         return None
-    return measured(change, *(("logits", "bf16") if change.name.startswith("bf16.") else ("loss",)))
+    return measured(change, *(("logits", "bf16") if change.name.startswith("bf16") else ("loss",)))
+
+
+def loss_precision(change: Change) -> Hit | None:
+    return Hit(change.old, change.new) if change.both and change.name.endswith(".loss_dtype") else None
 
 
 def measured(change: Change, *quantity: str) -> Hit | None:
@@ -116,7 +121,7 @@ def _decided(value: Any, row: int) -> set[int]:
 
 def greedy(change: Change) -> Hit | None:
     """The first differing token of a row, where A's margin was beyond doubt; all that follows it hangs on it."""
-    if not change.both or change.pair.redrawn or change.name.endswith(".margin"):
+    if not change.both or change.pair.redrawn or change.name.endswith((".margin", ".steps")):
         return None
     ids = [part(value, "ids") for value in (change.old, change.new)]
     if not all(isinstance(value, list) for value in ids):
@@ -136,7 +141,30 @@ def _token(row: list, place: int) -> str:
     return str(row[place]) if place < len(row) else "ended"
 
 
+def decoding(change: Change) -> Hit | None:
+    """The logits of each step, where the tokens agree."""
+    if not change.both or not change.name.endswith(".steps"):
+        return None
+    size = change.pair.apart(change.old, change.new, "logits", "fp32")
+    return None if size is None else Hit("the same logits", off_by(size), size)
+
+
+def decoding_follows(change: Change) -> str | None:
+    if not change.both or decoding(change) is None:
+        return ""
+    if change.pair.redrawn:
+        return "NUMERIC.not_comparable"
+    if change.pair.case_differs(PLAIN) is not None:
+        return "NUMERIC.logits"
+    path = change.path.removesuffix(".steps")
+    old, new = change.pair.a.get(path, ABSENT), change.pair.b.get(path, ABSENT)
+    tokens = Change(path, "greedy", change.name.removesuffix(".steps"), old, new, change.pair)
+    return "NUMERIC.greedy" if not same(old, new) and greedy(tokens) else None
+
+
 def greedy_follows(change: Change) -> str | None:
+    if change.name.endswith(".steps"):
+        return decoding_follows(change)
     if change.name.endswith(".margin"):
         return ""  # kept to judge by eye how decided a token was
     if not change.both:
@@ -148,6 +176,23 @@ def greedy_follows(change: Change) -> str | None:
 
 def _has_ids(change: Change) -> bool:
     return all(isinstance(part(value, "ids"), list) for value in (change.old, change.new))
+
+
+def sampling(change: Change) -> Hit | None:
+    """Of what a token is drawn: the probabilities, how many there are, and which id the second likeliest is."""
+    if not change.both:
+        return None
+    if not change.name.endswith(".probabilities"):
+        return None if None in (change.old, change.new) else Hit(change.old, change.new)
+    return measured(change, "probabilities")
+
+
+def sampling_follows(change: Change) -> str | None:
+    if not change.both or sampling(change) is None:
+        return "" if change.both else None
+    if change.pair.redrawn:
+        return "NUMERIC.not_comparable"
+    return "NUMERIC.logits" if change.pair.case_differs(PLAIN) is not None else None
 
 
 # -- training --------------------------------------------------------------------------------------------------
@@ -216,6 +261,27 @@ def _of_the_numbers(change: Change) -> str | None:
     return "NUMERIC.loss" if _plain_loss_differs(change) else None
 
 
+def dropout(change: Change) -> Hit | None:
+    """A module that both sides have: its logits in evaluation, or how far training's lie apart."""
+    _, _, place = change.name.partition(".")
+    if place == "eval":
+        return measured(change, "logits", "fp32") if change.both else None
+    if change.both:
+        return measured(change, "spread")
+    there = change.pair.of_b if change.removed else change.pair.of_a
+    module = place.removeprefix("train.")
+    known = {name.partition(".")[2] for name in there.get("activation", {})}
+    return Hit(change.old, change.new) if module in known else None
+
+
+def dropout_follows(change: Change) -> str | None:
+    if dropout(change) is None:
+        return ""
+    if change.pair.redrawn:
+        return "NUMERIC.not_comparable"
+    return "NUMERIC.logits" if change.name.endswith(".eval") and change.pair.case_differs(PLAIN) is not None else None
+
+
 def loss_curve(change: Change) -> Hit | None:
     return measured(change, "loss_curve") if change.both else None
 
@@ -268,8 +334,15 @@ def silent(change: Change) -> str:
 
 LOGITS = {"NUMERIC.logits": logits("NUMERIC.logits"), **{rule: logits(rule) for rule in CASES.values()}}
 RULES = {
-    "numbers": {**LOGITS, "NUMERIC.not_comparable": not_comparable, "NUMERIC.loss": loss},
-    "greedy": {"NUMERIC.greedy": greedy},
+    "numbers": {
+        **LOGITS,
+        "NUMERIC.not_comparable": not_comparable,
+        "NUMERIC.loss": loss,
+        "NUMERIC.loss_precision": loss_precision,
+    },
+    "greedy": {"NUMERIC.greedy": greedy, "NUMERIC.decoding": decoding},
+    "sampling": {"NUMERIC.sampling": sampling},
+    "dropout": {"TRAIN.dropout": dropout},
     "gradient": {
         "TRAIN.gradient_lost": gradient_lost,
         "TRAIN.gradient_found": gradient_found,
@@ -281,6 +354,8 @@ RULES = {
 FOLLOWS = {
     "numbers": numbers_follow,
     "greedy": greedy_follows,
+    "sampling": sampling_follows,
+    "dropout": dropout_follows,
     "gradient": gradient_follows,
     "loss_curve": curve_follows,
     "init": init_follows,

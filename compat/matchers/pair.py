@@ -18,10 +18,11 @@ from compat.ranges import numbers_of
 
 TOLERANCES = Path(__file__).parents[1] / "tolerances.toml"
 SECTIONS = (
-    "config.field", "config.effect", "config.derived", "train_config.field", "script", "state", "saved",
-    "saved_alias", "init", "signature", "returns", "tokenizer.special", "tokenizer.text", "tokenizer.chat",
-    "processor", "data", "numbers", "greedy", "gradient", "loss_curve", "activation", "backbones",
-    "cost.flops", "cost.peak", "cost",
+    "crossing", "config.field", "config.effect", "config.derived", "train_config.field", "train_config.derived",
+    "train_config.schedule", "train_config.rate", "script", "state", "saved", "saved_alias", "init", "signature",
+    "returns", "tokenizer.special", "tokenizer.text", "tokenizer.chat", "processor", "data", "numbers", "greedy",
+    "sampling", "dropout", "gradient", "loss_curve", "activation", "backbone_weights_resized", "backbone_weights",
+    "backbones", "cost.flops", "cost.peak", "cost",
 )  # fmt: skip
 REMADE = {"shape": "LOAD.key_reshaped", "persistent": "LOAD.persistence", "dtype": "LOAD.dtype"}
 
@@ -36,16 +37,24 @@ def section_of(path: str) -> tuple[str, str]:
 
 @cache
 def tolerances() -> dict:
-    with open(TOLERANCES, "rb") as file:
+    return read_tolerances(TOLERANCES)
+
+
+def read_tolerances(path: Path) -> dict:
+    with open(path, "rb") as file:
         return tomllib.load(file)
 
 
 class Pair:
     """facts of A and B, each {path: value}; devices: where they were measured."""
 
-    def __init__(self, a: dict, b: dict, devices: tuple[str, str] = ("cpu", "cpu")):
+    crossed = False  # B's numbers are under A's weights, whatever the keys
+    promised = False  # that B's files load in A
+
+    def __init__(self, a: dict, b: dict, devices: tuple[str, str] = ("cpu", "cpu"), allowed: dict | None = None):
         self.a, self.b, self.devices = a, b, devices
         self.of_a, self.of_b = _by_section(a), _by_section(b)
+        self.allowed = allowed or tolerances()
 
     def both(self, section: str) -> Iterator[tuple[str, Any, Any]]:
         """(name, old, new) of every fact of a section that both sides hold."""
@@ -56,7 +65,7 @@ class Pair:
 
     def tolerance(self, *quantity: str) -> dict:
         """The looser of the two devices' entries, from tolerances.toml."""
-        table = tolerances()
+        table = self.allowed
         for name in quantity:
             table = table[name]
         rows = [table[device.partition(":")[0]] for device in self.devices]
@@ -86,7 +95,7 @@ class Pair:
 
     def case_differs(self, case: str) -> float | None:
         """How far the logits of a case lie apart; None where they agree or a side has none."""
-        quantity = ("logits", "bf16" if case == "bf16" else "fp32")
+        quantity = ("logits", "bf16" if case.startswith("bf16") else "fp32")
         sizes = []
         for fact in ("logits", "rms"):
             old, new = self.a.get(f"numbers.{case}.{fact}", ABSENT), self.b.get(f"numbers.{case}.{fact}", ABSENT)
@@ -134,8 +143,8 @@ class Pair:
             if key in self.of_b.get("state", {}):
                 continue
             free = places.get(_kind(key, value), [])
-            best = max(free, key=lambda other: (_alike(key, other), -free.index(other)), default="")
-            if best and _alike(key, best):
+            best = max(free, key=lambda other: (alike(key, other), -free.index(other)), default="")
+            if best and alike(key, best):
                 found[key] = best
                 free.remove(best)
         return found
@@ -172,6 +181,8 @@ class Pair:
     @cached_property
     def redrawn(self) -> bool:
         """The two models cannot have been given the same weights."""
+        if self.crossed:
+            return False
         kept = {"LOAD.persistence", "LOAD.tied_key_added", "LOAD.dtype"}
         return any(rule not in kept and not self._unsaved(key) for key, rule in self.causes.items())
 
@@ -207,7 +218,7 @@ def _kind(key: str, value: Any) -> tuple:
     return (*stated, numbers_of(key))
 
 
-def _alike(one: str, other: str) -> int:
+def alike(one: str, other: str) -> int:
     """How many components two names share at their beginning and at their end."""
     a, b = one.split("."), other.split(".")
     shared = 0

@@ -9,7 +9,7 @@ import os
 import sys
 
 from compat.findings import Finding, Rule
-from compat.reports.text import one_line
+from compat.reports.text import one_line, printable
 from compat.rules import VERDICTS, Comparison, catalogue
 
 HEADINGS = {"breaking": "Breaking", "behaviour": "Behaviour", "additive": "Additive"}
@@ -52,6 +52,7 @@ def lines(finding: Finding) -> list[str]:
     if finding.members:
         text += f" (the farthest off of {finding.count})"
     found = [text]
+    found += [f"  {printable(line)}" for line in finding.proof.splitlines()]
     if finding.where:
         found.append(f"  first differs: {one_line(finding.where)}")
     if finding.also:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from compat.crossing import LOADS, Crossing
+
 SKETCH = [0.5, -0.25, 0.125, 1.0] * 4
 OTHER = [0.5, -0.25, 0.125, 1.01] * 4
 KEY = {"shape": [8, 8], "dtype": "float32", "persistent": True, "trainable": True, "tied_to": None}
@@ -71,6 +73,7 @@ PAIRS = {
     "LOAD.backbone_found": at(
         "backbones", {"loaded": 8, "missing": ["vision.norm.weight"]}, {"loaded": 9, "missing": []}
     ),
+    "LOAD.backbone_weights": at("backbone_weights.vision.norm.weight", SKETCH, OTHER),
     "NUMERIC.logits": at("numbers.fp32.logits", SKETCH, OTHER),
     "NUMERIC.bf16": at("numbers.bf16.logits", SKETCH, [2 * x for x in SKETCH], numbers__fp32__logits=SKETCH),
     "NUMERIC.padding": case("left_padded"),
@@ -83,6 +86,9 @@ PAIRS = {
     "NUMERIC.greedy": at(
         "greedy.image", {"ids": IDS, "decided": [[0, 2]]}, {"ids": [[5, 6, 9, 8]], "decided": [[0, 2]]}
     ),
+    "NUMERIC.decoding": at("greedy.image.steps", SKETCH, OTHER, numbers__fp32__logits=SKETCH),
+    "NUMERIC.sampling": at("sampling.top_p.support", 12, 13, numbers__fp32__logits=SKETCH),
+    "NUMERIC.loss_precision": at("numbers.bf16.loss_dtype", "float32", "bfloat16"),
     "NUMERIC.not_comparable": (
         {"state.w": KEY, "numbers.fp32.logits": SKETCH},
         {"state.w": KEY | {"shape": [9, 8]}, "numbers.fp32.logits": OTHER},
@@ -166,6 +172,8 @@ PAIRS = {
     "TRAIN.gradient_lost": at("gradient.norm.weight", 0.5, 0.0, gradient__embed__weight=2.0),
     "TRAIN.gradient_found": at("gradient.norm.weight", 0.0, 0.5, gradient__embed__weight=2.0),
     "TRAIN.gradient": at("gradient.norm.weight", 0.5, 0.6, gradient__embed__weight=2.0),
+    "TRAIN.dropout": at("dropout.lm_dropout.train.decoder.blocks.0.mlp", 0.9, 1.3),
+    "TRAIN.derived": at("train_config.derived.learning_rates", {"MP": 0.005}, {"MP": 0.05}),
     "TRAIN.loss_curve": at("loss_curve", [3.0, 2.5, 2.1], [3.0, 2.6, 2.3], numbers__fp32__loss=3.0),
     "COST.parameters": at("cost.parameters", 1000, 1001),
     "COST.fewer_parameters": at("cost.parameters", 1000, 999),
@@ -173,4 +181,26 @@ PAIRS = {
     "COST.fewer_flops": at("cost.flops.forward.total", 1000, 999),
     "COST.peak": at("cost.peak.train", 10_000_000, 10_300_000),
     "COST.lower_peak": at("cost.peak.train", 10_000_000, 9_700_000),
+    "LOAD.keys_read": ({"state.q.weight": KEY, "crossing.checkpoint": LOADS}, {"crossing.checkpoint": LOADS}),
+    "LOAD.checkpoint_refused": at("crossing.checkpoint", LOADS, "refused: OSError: no optimizer.bin"),
+    "LOAD.checkpoint_partial": at("crossing.checkpoint", LOADS, "not from the file: norm.weight"),
+    "LOAD.config_refused": at("crossing.config", "read", "refused: ValueError: vit_ln_eps"),
+    "LOAD.config_value": at("crossing.config.vit_ln_eps", 1e-6, 1e-5),
+    "LOAD.back_refused": at("crossing.back.checkpoint", LOADS, "refused: TypeError: 'new_field'"),
+    "LOAD.promise_broken": at("crossing.back.checkpoint", LOADS, "refused: TypeError: 'new_field'"),
+    "NUMERIC.fresh_model": at("numbers.fp32.logits", SKETCH, OTHER),
+    "API.old_call_fails": at("crossing.call.forward.least", "works", "TypeError: a mask is needed"),
+    "API.old_calls_work": (
+        CALL | {"crossing.call.forward.keywords": "works"},
+        {"signature.forward.input_ids": argument(0), "crossing.call.forward.keywords": "works"},
+    ),
+}
+# what a crossing settles: {rule: the crossing beside its pair}
+CROSSINGS = {
+    "LOAD.keys_read": Crossing({"crossing.checkpoint": LOADS}, {"crossing.checkpoint": LOADS}),
+    "LOAD.promise_broken": Crossing({}, {}, promised=True),
+    "NUMERIC.fresh_model": Crossing({}, {}, measured={"numbers.fp32.logits": SKETCH}),
+    "API.old_calls_work": Crossing(
+        {"crossing.call.forward.keywords": "works"}, {"crossing.call.forward.keywords": "works"}
+    ),
 }

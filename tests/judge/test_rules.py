@@ -9,11 +9,26 @@ from compat.matchers import FOLLOWS, RULES
 from compat.reports.rules_page import PAGE, page
 from compat.rules import UnknownRule, catalogue, compare, find_rule
 
-from .rule_pairs import ALONGSIDE, BUFFER, CALL, FIELD, FLAG, KEY, OTHER, PAIRS, PICTURE, ROW, SKETCH, argument, at
+from .rule_pairs import (
+    ALONGSIDE,
+    BUFFER,
+    CALL,
+    CROSSINGS,
+    FIELD,
+    FLAG,
+    KEY,
+    OTHER,
+    PAIRS,
+    PICTURE,
+    ROW,
+    SKETCH,
+    argument,
+    at,
+)
 
 BY_THE_ENGINE = {
     "API.error_appeared", "API.error_gone", "API.error_type", "API.support_lost", "API.support_gained",
-    "API.unnamed_fact",
+    "API.unnamed_fact", "LOAD.keys_read", "NUMERIC.fresh_model", "API.old_calls_work",
 }  # fmt: skip
 
 
@@ -22,8 +37,9 @@ def lock(facts, **more):
     return question | {"target": "x", "environment": {}, "facts": facts} | more
 
 
-def judged(a, b):
-    return compare(lock({"config.field.same": FIELD} | a), lock({"config.field.same": FIELD} | b))
+def judged(a, b, crossing=None):
+    sides = [lock({"config.field.same": FIELD} | side) for side in (a, b)]
+    return compare(*sides, crossing=crossing)
 
 
 def fired(a, b):
@@ -40,7 +56,7 @@ def test_the_catalogue_the_matchers_and_the_pairs_name_the_same_rules():
 @pytest.mark.parametrize("rule", catalogue().values(), ids=lambda rule: rule.id)
 def test_a_rules_pair_fires_it_and_nothing_else(rule):
     a, b = PAIRS[rule.id]
-    result = judged(a, b)
+    result = judged(a, b, CROSSINGS.get(rule.id))
     expected = {rule.id, ALONGSIDE.get(rule.id, rule.id)}
     assert {finding.rule for finding in result.findings} == expected
     (surface,) = {finding.surface for finding in result.findings if finding.rule == rule.id}

@@ -6,13 +6,18 @@ Shapes: B rows, T padded length, V vocabulary. A probe row's ``tokens`` hold -1 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import inspect
+import os
+from json import dumps, loads  # bound now: the target may put others into the module
 
 import torch
 
 from .. import hub, probe
 from ..protocol import NotSupported, Unaskable, theirs
+from ..readings import jsonable
+from .configs import config_default, config_values, field_names, fitting, make_config, signature_names
+from .rows import Rows
 
 # Values that satisfy the divisibility rules of every nanoVLM layout at once; fields a config lacks are left out.
 TINY = {
@@ -21,6 +26,7 @@ TINY = {
     "lm_hidden_dim": 48, "lm_inter_dim": 96, "lm_n_heads": 4, "lm_n_kv_heads": 2, "lm_n_blocks": 2,
     "lm_max_position_embeddings": 256, "lm_max_length": 256, "lm_base_vocab_size": hub.BASE_VOCABULARY,
     "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "max_img_size": 64, "lm_use_tokens": False,
+    "IMAGE_TOKEN_LENGTH": 4, "TOTAL_SEQUENCE_LENGTH": 256,
 }  # fmt: skip
 FULL_VOCABULARY_FIELDS = ("lm_vocab_size", "vocab_size")
 
@@ -31,18 +37,7 @@ class TargetFault(Exception):
     _compat_raised_by_target = True
 
 
-@dataclasses.dataclass
-class Batch:
-    """Rows as tensors. ``text`` lists, a row, where its text tokens lie in the padded sequence."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    targets: torch.Tensor | None
-    pictures: list  # a row: list of (1, 3, S, S)
-    text: list
-
-
-class Adapter:
+class Adapter(Rows):
     """Builds one model of the target and speaks to it. A dialect overrides what differs."""
 
     dialect = ""
@@ -59,10 +54,10 @@ class Adapter:
                 1
             )  # threads of a busy machine wait for each other 30 times longer than tiny sums take
         self.check_combo()
-        self.config = self.build_config()
+        self.config, self.checkpoint, self.loaded = None, combo.get("checkpoint"), None
         try:
             with theirs():
-                self.model = self.build_model(self.config).to(device).eval()
+                self.model = self.first_model().to(device).eval()
         except Exception as error:
             if asks_hub(error):
                 raise Unaskable(
@@ -79,19 +74,74 @@ class Adapter:
         self.image_form = self.find_image_form()
 
     def reset(self):
-        """The model as every question meets it: weights drawn by name, evaluation mode, its hub files in place."""
+        """The model as every question meets it: its own weights, evaluation mode, its hub files in place."""
         self.supply_hub_files(self.config)
-        probe.fill(self.model)
+        self.fill(self.model)
         self.model.eval()
         torch.manual_seed(0)
 
+    @torch.no_grad()
+    def fill(self, model):
+        """Give a model of this adapter's config the weights drawn by name, or those of the checkpoint it came from."""
+        if self.loaded is None:
+            probe.fill(model)
+            return
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(self.loaded[name])
+        for parameter in model.parameters():
+            parameter.grad = None
+
     def check_combo(self):
         """Refuse a combo of backbones that the target does not offer."""
-        vision, language = self.combo["vision"], self.combo["language"]
-        if not vision.startswith("siglip") or not language.startswith(("smollm", "llama")):
-            raise NotSupported(f"this model has no {vision} + {language} to choose")
+        if not offers(self.combo):
+            raise NotSupported(f"this model has no {self.combo['vision']} + {self.combo['language']} to choose")
 
     # -- building ---------------------------------------------------------------------------------------
+
+    def first_model(self):
+        """The model of the tiny config, or the one that the combo's checkpoint holds."""
+        if not self.checkpoint:
+            folder = self.combo.get("config_from")
+            self.config = self.read_config(folder) if folder else self.build_config()
+            return self.build_model(self.config)
+        model = self.load_model(self.checkpoint)
+        self.config = config_of(model)
+        self.loaded = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return model
+
+    def load_model(self, folder):
+        """The model of a saved folder: through the target's from_pretrained, else its config and a strict load."""
+        self.supply_hub_names(self.config_json(folder))
+        cls = self.subject.model_class
+        if hasattr(cls, "from_pretrained"):
+            return cls.from_pretrained(folder)
+        from safetensors.torch import load_model
+
+        model = self.build_model(self.read_config(folder))
+        load_model(model, os.path.join(folder, "model.safetensors"), strict=True)
+        return model
+
+    def read_config(self, folder):
+        """The config of a saved folder, as upstream reads it: every field is an argument."""
+        return self.subject.config_class(**self.config_json(folder))
+
+    @staticmethod
+    def config_json(folder):
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as stream:
+            return loads(stream.read())
+
+    def save_model(self, folder):
+        """Write the model as the target saves it: its save_pretrained, else config.json and its state dict."""
+        if hasattr(self.model, "save_pretrained"):
+            with theirs():
+                self.model.save_pretrained(folder)
+            return
+        from safetensors.torch import save_model
+
+        os.makedirs(folder, exist_ok=True)
+        save_model(self.model, os.path.join(folder, "model.safetensors"))
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as stream:
+            stream.write(dumps(jsonable(config_values(self.config))))
 
     def build_config(self):
         """The target's own config class: its defaults at full scale, else small values for the fields it has."""
@@ -133,13 +183,19 @@ class Adapter:
 
     def supply_hub_files(self, config):
         """Put what the config names on the Hub into the cache, where it is not there already."""
-        for name, role in self.hub_names(config):
+        self.supply_hub_names(config_values(config))
+
+    def supply_hub_names(self, values):
+        for name, role in self.names_on_hub(values):
             hub.add_repository(name, role)
 
     def hub_names(self, config):
         """[(repository, role)] of everything the config names on the Hub."""
+        return self.names_on_hub(config_values(config))
+
+    def names_on_hub(self, values):
         found = {}
-        for name, value in config_values(config).items():
+        for name, value in values.items():
             if (
                 isinstance(value, str)
                 and value.count("/") == 1
@@ -206,6 +262,11 @@ class Adapter:
         return int(values.get("mp_image_token_length") or (grid // values.get("mp_pixel_shuffle_factor", 1)) ** 2)
 
     @property
+    def tokens_per_cell(self):
+        """Image tokens of one cell of the grid that the image processor gives."""
+        return self.image_tokens
+
+    @property
     def max_positions(self):
         return int(config_values(self.config)["lm_max_position_embeddings"])
 
@@ -219,7 +280,7 @@ class Adapter:
         taken = signature_names(getattr(self.subject.model_class, method))
         return next((name for name in names if name in taken), None)
 
-    @property
+    @functools.cached_property  # reads source, and every batch asks
     def takes(self):
         source = inspect.getsource(self.subject.model_class)
         return {
@@ -230,83 +291,6 @@ class Adapter:
             # A model that holds a tokenizer knows where an answer ends, whatever its code makes of it.
             "eos": self.dialect != "single_image" or "eos" in source,
         }
-
-    # -- batches ----------------------------------------------------------------------------------------
-
-    def batch(self, rows, padding="left"):
-        """Rows to a Batch on the model's device, padded on the side asked for."""
-        expanded = [self.expand(row) for row in rows]
-        longest = max(len(ids) for ids, _, _ in expanded)
-        needs = any(len(ids) < longest for ids, _, _ in expanded)
-        pad = self.pad_id
-        ids_rows, label_rows, mask_rows, text = [], [], [], []
-        for ids, labels, where in expanded:
-            gap = longest - len(ids)
-            left, right = (0, gap) if padding == "right" else (gap, 0)
-            ids_rows.append([pad] * left + ids + [pad] * right)
-            label_rows.append([-100] * left + labels + [-100] * right)
-            mask_rows.append([0] * left + [1] * len(ids) + [0] * right)
-            text.append([left + i for i in where])
-        labelled = any(label != -100 for row in label_rows for label in row)
-        # Rows of one length need no mask; a model that takes one gets it all the same, as training gives it.
-        masked = needs or (padding != "none" and self.takes["attention_mask"])
-        mask = torch.tensor(mask_rows, device=self.device) if masked else None
-        return Batch(
-            torch.tensor(ids_rows, device=self.device),
-            mask,
-            torch.tensor(label_rows, device=self.device) if labelled else None,
-            [[probe.picture(k, self.image_size)[None].to(self.device) for k in row.get("images", ())] for row in rows],
-            text,
-        )
-
-    def expand(self, row):
-        """(ids, labels, positions of the text tokens) of one probe row in this layout."""
-        tokens, labels = row["tokens"], row.get("labels") or [-100] * len(row["tokens"])
-        if tokens.count(-1) != len(row.get("images", ())):
-            raise ValueError(f"a row with {tokens.count(-1)} image places and {len(row.get('images', ()))} images")
-        ids, targets, where = [], [], []
-        for token, label in zip(tokens, labels):
-            if token == -1:
-                count = 0 if self.layout == "in_front" else self.image_tokens
-                ids += [self.image_token_id] * count
-                targets += [-100] * count
-            else:
-                where.append(len(ids))
-                ids.append(token)
-                targets.append(label)
-        return ids, targets, where
-
-    @property
-    def pad_id(self):
-        value = getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if value is None else int(value)
-
-    def images(self, pictures, form=None):
-        """Pictures a row, in the form this target takes them."""
-        flat = [picture for row in pictures for picture in row]
-        form = form or self.image_form
-        if form == "nested lists":
-            return pictures
-        if form == "list of 4-D tensors":
-            return flat
-        if form == "list of 3-D tensors":
-            return [picture[0] for picture in flat]
-        return torch.cat(flat) if flat else None
-
-    FORMS = ("nested lists", "list of 4-D tensors", "one tensor", "list of 3-D tensors")
-
-    def find_image_form(self):
-        """The first form of pictures that a forward pass accepts; the dialect's own when none does."""
-        ids = [i for i in range(8)][:3]
-        batch = self.batch([{"tokens": [-1, *ids], "images": [0]}], "none")
-        for form in self.FORMS:
-            try:
-                with torch.no_grad():
-                    self.call(batch, form=form)
-                return form
-            except Exception:  # the target's; the checks that follow report it with its own words
-                continue
-        return self.FORMS[0]
 
     # -- calls ------------------------------------------------------------------------------------------
 
@@ -320,7 +304,8 @@ class Adapter:
             "input_ids": batch.input_ids,
             self.parameter_of(method, self.IMAGE_NAMES): self.images(batch.pictures, form),
         }
-        if batch.attention_mask is not None:
+        # a mask of ones alone says nothing: early versions generate without one
+        if batch.attention_mask is not None and ("attention_mask" in taken or not bool(batch.attention_mask.all())):
             if "attention_mask" not in taken:
                 raise NotSupported(
                     f"{method} takes no attention_mask, so rows of different length cannot share a batch"
@@ -343,6 +328,8 @@ class Adapter:
     def logits(self, batch):
         """[(T_text, V) float32] a row: logits at the row's own text tokens."""
         out, _ = self.call(batch)
+        if not isinstance(out, torch.Tensor):
+            raise TargetFault(f"forward without targets gave {type(out).__name__} where logits belong")
         if out.shape[-1] != self.vocab_size:
             out = self.head()(out)
         if out.dim() != 3 or out.shape[0] != batch.input_ids.shape[0]:
@@ -421,6 +408,19 @@ class Adapter:
             self.tokenizer.eos_token = before
 
 
+def offers(combo):
+    """Whether the backbones of a combo are those that every dialect has."""
+    return combo["vision"].startswith("siglip") and combo["language"].startswith(("smollm", "llama"))
+
+
+def config_of(model):
+    """The config a model holds."""
+    for name in ("cfg", "config"):
+        if hasattr(model, name):
+            return getattr(model, name)
+    raise TargetFault("the loaded model holds no cfg and no config")
+
+
 def asks_hub(error):
     """Whether an exception came about because a file was not in the offline cache."""
     while error is not None:
@@ -454,70 +454,3 @@ def unpack(out):
             pair[0], pair[1] = pair[1], pair[0]
         return pair[0], pair[1]
     raise TargetFault(f"forward returned {type(out).__name__}")
-
-
-def signature_names(function):
-    """Names of the parameters a method takes, without self."""
-    return [name for name in inspect.signature(function).parameters if name != "self"]
-
-
-def fitting(function, by_name):
-    """The entries of ``by_name`` that ``function`` takes. Raises NotSupported for a required one it lacks."""
-    chosen = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name == "self":
-            continue
-        if by_name.get(name) is not None:
-            chosen[name] = by_name[name]
-        elif parameter.default is parameter.empty:
-            raise NotSupported(
-                f"{getattr(function, '__qualname__', function)} wants '{name}', which no probe can supply"
-            )
-    return chosen
-
-
-def field_names(cls):
-    """Field names of a config class: dataclass fields, else constructor arguments and class attributes."""
-    if dataclasses.is_dataclass(cls):
-        return [f.name for f in dataclasses.fields(cls)]
-    names = [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "args", "kwargs")]
-    plain = [n for n, v in vars(cls).items() if not n.startswith("_") and not callable(v)]
-    return list(dict.fromkeys(names + plain + list(vars(blank(cls)))))
-
-
-def blank(cls):
-    """An instance with all defaults."""
-    with theirs():
-        return cls()
-
-
-def config_default(cls, name):
-    """A field's default, or None when it has none."""
-    if dataclasses.is_dataclass(cls):
-        for f in dataclasses.fields(cls):
-            if f.name == name:
-                return (
-                    f.default_factory()
-                    if f.default_factory is not dataclasses.MISSING
-                    else (None if f.default is dataclasses.MISSING else f.default)
-                )
-        return None
-    return getattr(blank(cls), name, None)
-
-
-def make_config(cls, values):
-    """An instance of ``cls`` with ``values``: through its constructor where it takes them, else by attribute."""
-    taken = inspect.signature(cls.__init__).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    config = cls(**{name: value for name, value in values.items() if free or name in taken})
-    for name, value in values.items():
-        if getattr(config, name, None) != value:
-            setattr(config, name, value)
-    return config
-
-
-def config_values(config):
-    """{field: value} of a config instance."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: getattr(config, name) for name in field_names(type(config)) if hasattr(config, name)}

@@ -3,7 +3,7 @@
 import torch
 
 from .base import Adapter as Base
-from .base import signature_names
+from .configs import signature_names
 
 
 class Adapter(Base):

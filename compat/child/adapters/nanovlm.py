@@ -4,9 +4,10 @@ Recognised by a ``preset`` function beside the config class, not by name.
 """
 
 from .. import hub
-from ..protocol import NotSupported
+from ..protocol import NotSupported, theirs
+from .base import TINY, offers
 from .base import Adapter as Base
-from .base import signature_names, theirs
+from .configs import config_values, signature_names
 
 
 class Adapter(Base):
@@ -21,8 +22,19 @@ class Adapter(Base):
             raise NotSupported(f"{self.combo['name']} has no preset at {self.combo['scale']} scale")
 
     def build_config(self):
+        """The preset; where other dialects offer the combo too, at their tiny sizes, so that both can be compared."""
         with theirs():
-            return self.subject.function("preset")(self.combo["preset"])
+            config = self.subject.function("preset")(self.combo["preset"])
+            if self.combo["scale"] != "tiny" or not offers(self.combo):
+                return config
+            sizes = {name: value for name, value in TINY.items() if name in config_values(config)}
+            if config.max_img_size == config.vit_img_size:  # one square picture, not tiles
+                sizes["max_img_size"] = sizes["vit_img_size"]
+            return config.replace(**sizes, lm_tokenizer="compat/stand-in")
+
+    def read_config(self, folder):
+        with theirs():
+            return self.subject.config_class.from_json_dict(self.config_json(folder))[0]
 
     def backbone_config(self):
         """The preset at the sizes of the stand-in's backbones, under names it answers to."""
@@ -37,6 +49,10 @@ class Adapter(Base):
                 **names,
             }
             return self.config.replace(**files, max_img_size=files["vit_img_size"])
+
+    @property
+    def tokens_per_cell(self):
+        return self.config.tokens_per_cell
 
     def file_tokenizer(self):
         hub.add_repository("compat/stand-in", "tokenizer")

@@ -6,7 +6,7 @@ shows in whether there is an image token. Early versions only sample, without a 
 
 from ..protocol import NotSupported
 from .base import Adapter as Base
-from .base import signature_names
+from .configs import signature_names
 
 
 class Adapter(Base):
@@ -18,6 +18,7 @@ class Adapter(Base):
         return "image" in signature_names(subject.model_class.forward)
 
     def batch(self, rows, padding="left"):
-        if any(len(row.get("images", ())) != 1 for row in rows):
+        counts = {len(row.get("images", ())) for row in rows}
+        if counts not in ({1}, {0}):  # none at all is image=None, which some versions understand
             raise NotSupported("this layout takes exactly one image a row")
         return super().batch(rows, padding)

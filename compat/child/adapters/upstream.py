@@ -1,7 +1,7 @@
 """nanoVLM from image splitting on: ``images`` as lists of lists, image tokens inside the text, tiles."""
 
 from .base import Adapter as Base
-from .base import signature_names
+from .configs import signature_names
 
 
 class Adapter(Base):
