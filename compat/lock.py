@@ -22,8 +22,8 @@ SCHEMA = 1
 DIGITS = 9
 LONGEST = 1024  # positions from which a row as long as the model allows takes minutes on a CPU
 NEW_TOKENS = 12
-STEPS = 9
-RATE = 0.1  # of plain SGD: the curve has to move in nine steps
+STEPS = 10
+RATE = 0.1  # of plain SGD: the curve has to move in ten steps
 IMAGE, IGNORED = -1, -100
 HEADER = ("schema", "combo", "scale", "target", "commit", "dirty", "environment")
 
@@ -48,6 +48,13 @@ TURNS = (
     [{"user": "What is in the picture?", "assistant": "A small red house."}],
     [{"user": "How many windows?", "assistant": "Three."}, {"user": "And doors?", "assistant": "Only one door."}],
 )
+SAMPLING: dict[str, dict] = {
+    "default": {},
+    "top_k": {"top_k": 5, "top_p": 1.0, "temperature": 1.0},
+    "top_p": {"top_k": 50, "top_p": 0.4, "temperature": 1.0},
+    "temperature": {"top_k": 50, "top_p": 1.0, "temperature": 2.0},
+}
+DROPOUT = ("vit_dropout", "lm_dropout")
 PICTURES = ((64, 64), (20, 20), (97, 60), (60, 97), (300, 200))
 
 
@@ -186,8 +193,12 @@ class Asker:
         if not isinstance(answer, Failed):
             answer = {"facts": {"": {"loaded": answer["loaded"], "missing": answer["missing"]}}}
         self.keep("backbones", answer)
+        self.section("backbone_weights", "lock_backbone_weights")
+        self.section("backbone_weights_resized", "lock_backbone_weights", larger=True)
 
     def calls(self) -> None:
+        answer = self.ask("lock_rates")
+        self.keep("train_config.rates" if isinstance(answer, Failed) else "train_config", answer)
         self.section("signature", "lock_signatures")
         for method in ("forward", "forward_with_targets", "generate"):
             answer = self.ask("lock_returns", rows=self.batch(), method=method)
@@ -205,7 +216,7 @@ class Asker:
             self.section(f"processor.{width}x{height}", "lock_picture", number=number, size=[width, height])
         answer = self.ask("data", turns=[list(turns) for turns in TURNS], pictures=1)
         if not isinstance(answer, Failed):
-            names = ("supervised", "labels_text", "image_tokens", "features")
+            names = ("supervised", "labels_text", "shift", "image_tokens", "features")
             rows = range(len(answer["supervised"]))
             answer = {"facts": {str(row): {name: answer[name][row] for name in names} for row in rows}}
         self.keep("data", answer)
@@ -234,14 +245,22 @@ class Asker:
                 self.number(case, Failed({"unsupported": str(error)}))
             else:
                 self.number(case, self.ask("lock_numbers", rows=rows))
+                if not beyond:
+                    self.number("bf16_longest", self.ask("lock_numbers", rows=rows, change="bf16"))
         cases = {
             "image": {"rows": one},
             "uncached": {"rows": one, "cached": False},
             "text_only": {"rows": text},
             "left_padded": {"rows": self.batch()},
+            "right_padded": {"rows": self.batch(), "padding": "right"},
         }
         for case, parameters in cases.items():
             self.section(f"greedy.{case}", "lock_greedy", max_new_tokens=NEW_TOKENS, **parameters)
+        self.section("greedy.ending", "lock_ending", rows=self.batch(), max_new_tokens=NEW_TOKENS)
+        for case, options in SAMPLING.items():
+            self.section(f"sampling.{case}", "lock_sampling", rows=one, options=options)
+        for field in DROPOUT:
+            self.section(f"dropout.{field}", "lock_dropout", rows=one, field=field)
         self.section("activation", "lock_activations", rows=one)
 
     def number(self, case: str, answer: dict | Failed) -> None:
@@ -263,6 +282,8 @@ class Asker:
         self.facts["cost.parameters"] = self.model["parameters"] if self.model else self.no_model
         answer = self.ask("lock_flops", rows=rows)
         self.keep("cost.flops" if isinstance(answer, Failed) else "cost", answer)
+        answer = self.ask("lock_generation_flops", rows=rows[:1], max_new_tokens=NEW_TOKENS)
+        self.keep("cost.flops.generate" if isinstance(answer, Failed) else "cost", answer)
         for step in ("forward", "train"):
             answer = self.ask("memory", rows=rows, step=step)
             self.facts[f"cost.peak.{step}"] = answer.fact if isinstance(answer, Failed) else answer["peak_bytes"]
@@ -346,6 +367,11 @@ def read(path: Path) -> dict:
         lock = json.loads(Path(path).read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise NotALock(f"{path} is no lock: {error}") from None
+    return checked(lock, path)
+
+
+def checked(lock: object, path: Path | str) -> dict:
+    """``lock``, which came from ``path``, if it is one. Raises NotALock."""
     if not isinstance(lock, dict) or not isinstance(lock.get("facts"), dict):
         raise NotALock(f"{path} is no lock: it has no facts")
     if lock.get("schema") != SCHEMA:

@@ -80,6 +80,18 @@ class Counter(TorchDispatchMode):
         return out
 
 
+def generation_flops(adapter, batch, max_new_tokens):
+    """{"flops.generate.CLASS"}: without a cache each token costs as much as all before it."""
+    with Counter() as counter:
+        ids = adapter.generate(batch, max_new_tokens)
+    if counter.uncounted:
+        raise NotSupported(f"no formula for the FLOPs of {', '.join(sorted(counter.uncounted))}")
+    if len(ids[0]) < max_new_tokens:
+        raise NotSupported(f"the text ended after {len(ids[0])} tokens")
+    facts = {f"flops.generate.{kind}": count for kind, count in counter.flops.items()}
+    return {**facts, "flops.generate.total": sum(counter.flops.values())}
+
+
 def is_attention(name):
     return ("attention" in name or "_sdp" in name) and name not in NO_WORK
 

@@ -7,12 +7,13 @@ or needs a package that is not installed, is a skip with that reason.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 
 import torch
 
 from . import probe
-from .adapters.base import config_values, fitting, theirs
-from .protocol import NotSupported
+from .adapters.configs import config_values, fitting
+from .protocol import NotSupported, theirs
 
 
 def image_processor(subject, adapter):
@@ -31,8 +32,10 @@ def image_processor(subject, adapter):
         "config": adapter.config,
         "max_img_size_or_cfg": adapter.config,
     }
-    with theirs():
-        process = function(**fitting(function, by_name))
+    taken = inspect.signature(function).parameters.values()
+    whole = [p.name for p in taken if subject.config_class.__name__ in str(p.annotation)]
+    with theirs():  # by the config, where it is taken: that is how the model itself asks
+        process = function(**({whole[0]: adapter.config} if whole else fitting(function, by_name)))
 
     def tiles_and_grid(picture):
         with theirs():
@@ -49,7 +52,7 @@ def image_string_tokens(subject, adapter, grid):
     if function is None or grid is None or adapter.image_token_id is None:
         return None
     with theirs():
-        text = function(adapter.tokenizer, [tuple(grid)], adapter.image_tokens)
+        text = function(adapter.tokenizer, [tuple(grid)], adapter.tokens_per_cell)
     return text.count(adapter.tokenizer.image_token)
 
 
@@ -110,6 +113,7 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
         "rows": len(rows),
         "supervised": [int((row != -100).sum()) for row in labels],
         "labels_text": text,
+        "shift": [shift(ids_row, labels_row) for ids_row, labels_row in zip(ids, labels)],
         "image_tokens": [int((row == image_id).sum()) if image_id is not None else 0 for row in ids],
         "features": [count_features(images, i, adapter) if image_id is not None else 0 for i in range(len(rows))],
         "batch_keys": sorted(batch),
@@ -119,6 +123,16 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
         "pad_id": adapter.pad_id,
         "pictures": len(rows[0]["images"]),
     }
+
+
+def shift(ids, labels, most=3):
+    """How many places ahead a row's labels lie in its ids; None where they are other ids at any distance."""
+    ids, labels = [int(i) for i in ids], [int(i) for i in labels]
+    taught = [place for place, label in enumerate(labels) if label != -100]
+    for ahead in range(most):
+        if taught and all(place + ahead < len(ids) and ids[place + ahead] == labels[place] for place in taught):
+            return ahead
+    return None
 
 
 def count_features(images, row, adapter):

@@ -9,7 +9,7 @@ import re
 
 def fields(cls):
     """{field: {"type", "default"}} of a config class; a field that must be given has no "default"."""
-    from .adapters.base import config_default, field_names
+    from .adapters.configs import config_default, field_names
     from .readings import jsonable
 
     declared = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
@@ -59,3 +59,8 @@ def described(value, letters):
     if isinstance(value, (tuple, list)):
         return {"type": type(value).__name__, "items": [described(item, letters) for item in value]}
     return {"type": type(value).__name__}
+
+
+def is_plain(value):
+    """Whether a default that travelled as JSON is what it was: no repr of an object."""
+    return value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and value[:1] != "<")

@@ -12,7 +12,7 @@ import hashlib
 import torch
 
 from . import hub, probe
-from .adapters.base import config_values, field_names, make_config
+from .adapters.configs import config_values, field_names, make_config
 from .data import image_processor, image_string_tokens
 from .lock import chat_ids
 from .protocol import NotSupported

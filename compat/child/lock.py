@@ -18,31 +18,34 @@ from json import loads  # bound now: the target may put another one into the mod
 from .described import arguments_of, described, fields
 from .protocol import NotSupported, theirs
 from .sketch import first_tensor, sketch
+from .variants import VariantQuestions
 
 DECISIVE = 1e-3  # top-2 margin, of the logits' RMS, from which a greedy token says something
 SMALL = 1e-3  # embeddings of this size let an epsilon of a norm show
 MODEL_METHODS = ("__init__", "forward", "generate", "from_pretrained", "save_pretrained", "push_to_hub")
 FUNCTIONS = ("get_tokenizer", "get_image_processor", "get_image_string")
+CLASSES = ("VQADataset", "VQACollator")
 CACHE_FLAGS = ("use_kv_cache", "use_cache")
 SPECIAL = ("eos_token", "bos_token", "pad_token", "image_token", "global_image_token")
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
                "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 
 
-class LockQuestions:
+class LockQuestions(VariantQuestions):
     """``ask_lock_*`` of a Session. Every answer is {"facts": {path: value}}."""
 
     # -- without a model ----------------------------------------------------------------------------------
 
     def ask_lock_train_config(self):
         """Types and defaults of the training config."""
-        from .adapters.base import blank
+        from .adapters.configs import blank
 
         if self.subject.found.train_config is None:
             raise NotSupported("no training config class was found")
         cls = self.subject.load(self.subject.found.train_config)
-        blank(cls)  # a config that cannot be made with its defaults raises here
-        return {"facts": {f"field.{name}": value for name, value in fields(cls).items()}}
+        config = blank(cls)  # a config that cannot be made with its defaults raises here
+        facts = {f"field.{name}": value for name, value in fields(cls).items()}
+        return {"facts": {**facts, **properties(config)}}
 
     def ask_lock_scripts(self):
         """Flags of the target's scripts, read from their source."""
@@ -58,7 +61,7 @@ class LockQuestions:
 
     def ask_lock_config(self, adapter):
         """Fields as declared, and what the default config derives from them."""
-        from .adapters.base import blank, config_values, field_names
+        from .adapters.configs import blank, config_values, field_names
         from .readings import jsonable
 
         cls = type(adapter.config)
@@ -68,13 +71,7 @@ class LockQuestions:
         for name in field_names(cls):
             if name in values and jsonable(values[name]) != facts[f"field.{name}"].get("default"):
                 facts[f"derived.{name}"] = jsonable(values[name])
-        for name, _ in inspect.getmembers(cls, lambda member: isinstance(member, property)):
-            if not name.startswith("_"):
-                try:
-                    facts[f"derived.{name}"] = jsonable(getattr(config, name))
-                except Exception as error:  # of the target: a property that the default config does not have
-                    facts[f"derived.{name}"] = {"error": type(error).__name__}
-        return {"facts": facts}
+        return {"facts": {**facts, **properties(config)}}
 
     def ask_lock_effects(self, adapter, rows, long_row):
         """{field: whether a small change of it changes anything that can be seen}."""
@@ -134,6 +131,10 @@ class LockQuestions:
             function = self.subject.function(name)
             if function is not None:
                 functions[name] = function
+        for name in CLASSES:
+            made = self.subject.classes(name)
+            if made is not None:
+                functions[name] = made.__init__
         facts = {}
         for name, function in functions.items():
             for argument, value in arguments_of(function).items():
@@ -167,7 +168,7 @@ class LockQuestions:
 
     def ask_lock_special(self, adapter):
         """[token, id] of the special tokens, the config's extra ones among them."""
-        from .adapters.base import config_values
+        from .adapters.configs import config_values
         from .readings import need
 
         tokenizer = need(adapter.tokenizer, "the model has no tokenizer and no get_tokenizer")
@@ -230,7 +231,9 @@ class LockQuestions:
         """Logits and loss of one batch; change: None, "bf16", "small_embeddings" or "train_mode"."""
         import torch
 
+        full = None
         if change == "bf16":
+            full = flat_logits(adapter, adapter.batch(rows, padding))
             adapter = in_bf16(adapter)
         elif change == "small_embeddings":
             shrink_embeddings(adapter.model)
@@ -238,25 +241,33 @@ class LockQuestions:
         if change == "bf16":
             batch.pictures = [[picture.bfloat16() for picture in row] for row in batch.pictures]
         adapter.model.train(change == "train_mode")
+        logits = flat_logits(adapter, batch)
         with torch.no_grad():
-            logits = torch.cat([row.reshape(-1) for row in adapter.logits(batch)])
             torch.manual_seed(0)
-            loss = float(adapter.loss(batch))
-        return {"facts": {"logits": sketch(logits), "rms": float(logits.double().pow(2).mean().sqrt()), "loss": loss}}
+            loss = adapter.loss(batch)
+        facts = {"logits": sketch(logits), "rms": rms(logits), "loss": float(loss)}
+        if full is not None:
+            facts["off_fp32"] = rms(logits - full) / rms(full)
+            facts["loss_dtype"] = str(loss.dtype).replace("torch.", "")
+        return {"facts": facts}
 
     def ask_lock_greedy(self, adapter, rows, max_new_tokens, cached=True, padding="left"):
-        """Greedy tokens a row, the places where they are beyond doubt, and the smallest margin."""
+        """Greedy tokens a row, the places where they are beyond doubt, the smallest margin, and the steps' logits."""
+        import torch
+
         flag = adapter.parameter_of("generate", CACHE_FLAGS)
         if not cached and flag is None:
             raise NotSupported("generate has no switch for its cache")
         real = adapter.model.generate
         call = functools.partial(real, **{flag: cached}) if flag else real
-        with patched(adapter.model, "generate", call):
+        with patched(adapter.model, "generate", call), outputs_of_head(adapter) as steps:
             ids = adapter.generate(adapter.batch(rows, padding), max_new_tokens)
         margins = [top_two_margins(adapter, row, new) for row, new in zip(rows, ids)]
         decided = [[place for place, value in enumerate(row) if value > DECISIVE] for row in margins]
         known = [value for row in margins for value in row]
         facts = {"": {"ids": ids, "decided": decided}}
+        if steps:
+            facts[".steps"] = sketch(torch.stack(steps[: len(ids[0])]))
         if known:
             facts[".margin"] = min(known)
         return {"facts": facts}
@@ -292,8 +303,40 @@ class LockQuestions:
 
         return {"facts": flops(adapter, adapter.batch(rows))}
 
+    def ask_lock_generation_flops(self, adapter, rows, max_new_tokens):
+        """FLOPs by operator class of a greedy generation of so many tokens, whatever ends it earlier."""
+        from .cost import generation_flops
+
+        return {"facts": generation_flops(adapter, adapter.batch(rows), max_new_tokens)}
+
+
+def properties(config):
+    """{"derived.NAME": value} of a config's public properties."""
+    from .readings import jsonable
+
+    found = {}
+    for name, _ in inspect.getmembers(type(config), lambda member: isinstance(member, property)):
+        if not name.startswith("_"):
+            try:
+                found[f"derived.{name}"] = jsonable(getattr(config, name))
+            except Exception as error:  # of the target: a property that the default config does not have
+                found[f"derived.{name}"] = {"error": type(error).__name__}
+    return found
+
 
 # -- models -----------------------------------------------------------------------------------------------
+
+
+def flat_logits(adapter, batch):
+    """All logits of a batch in one row."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([row.reshape(-1) for row in adapter.logits(batch)])
+
+
+def rms(tensor):
+    return float(tensor.double().pow(2).mean().sqrt())
 
 
 def top_two_margins(adapter, row, new):
@@ -316,17 +359,15 @@ def in_bf16(adapter):
     """A copy of the adapter around a second model in bf16: converting back would not restore the buffers."""
     import torch
 
-    from . import probe
-
     other = copy.copy(adapter)
     with theirs():
         other.model = adapter.build_model(adapter.config).to(adapter.device, torch.bfloat16).eval()
-    probe.fill(other.model)
+    other.fill(other.model)
     return other
 
 
 def shrink_embeddings(model):
-    """Scale every parameter that speaks of embeddings."""
+    """Scale every parameter that speaks of embeddings to a size of SMALL."""
     import torch
 
     named = [parameter for name, parameter in model.named_parameters() if "emb" in name]
@@ -334,7 +375,25 @@ def shrink_embeddings(model):
         raise NotSupported("no parameter is named as an embedding")
     with torch.no_grad():
         for parameter in named:
-            parameter.mul_(SMALL)
+            parameter.mul_(SMALL / parameter.float().square().mean().sqrt().clamp(min=1e-12))
+
+
+@contextlib.contextmanager
+def outputs_of_head(adapter):
+    """A list that gets, at each call of the output layer, its logits (B, V) at the last position."""
+    from .adapters.base import TargetFault
+
+    seen = []
+    try:
+        head = adapter.head()
+    except TargetFault:  # made by other means
+        yield seen
+        return
+    hook = head.register_forward_hook(lambda module, args, out: seen.append(out[:, -1] if out.dim() == 3 else out))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,9 @@ def draw(name, shape):
     noise = torch.randn(tuple(shape), generator=generator(name))
     if len(shape) < 2:
         return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
-    if "emb" in name or "head" in name.split(".")[-2:][0]:
+    if len(shape) == 2 and "pos" not in name and ("emb" in name or "head" in name.split(".")[-2:][0]):
+        return 0.05 * noise  # larger, and a tied head repeats the last token, whatever the layers say
+    if "emb" in name:
         return 0.3 * noise
     fan_in = noise[0].numel()
     return noise / fan_in**0.5
@@ -30,11 +32,20 @@ def draw(name, shape):
 
 @torch.no_grad()
 def fill(model):
-    """Overwrite every parameter of ``model`` by ``draw``; buffers stay as the model computed them."""
+    """Overwrite every parameter of ``model`` by ``draw``; buffers stay as the model computed them.
+
+    A parameter that goes by other names in the state dict (one that joins several) is filled by those names.
+    """
+    state = model.state_dict()
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if not known <= set(state):
+        others = {name: tensor for name, tensor in state.items() if name not in known | buffers}
+        model.load_state_dict({name: draw(name, tensor.shape) for name, tensor in others.items()}, strict=False)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
+        parameter.grad = None
+        if parameter.is_floating_point() and name in state:
             parameter.copy_(draw(name, parameter.shape))
-            parameter.grad = None
 
 
 def picture(number, size):

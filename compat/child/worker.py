@@ -30,7 +30,7 @@ def forget_judge():
 
 
 def load_package():
-    """Load this folder as the private package and return (protocol, session)."""
+    """Load this folder as the private package and return its modules protocol, session and forks."""
     here = os.path.dirname(os.path.abspath(__file__))
     spec = importlib.util.spec_from_file_location(
         PACKAGE, os.path.join(here, "__init__.py"), submodule_search_locations=[here]
@@ -38,7 +38,7 @@ def load_package():
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)
-    return importlib.import_module(PACKAGE + ".protocol"), importlib.import_module(PACKAGE + ".session")
+    return [importlib.import_module(f"{PACKAGE}.{name}") for name in ("protocol", "session", "forks")]
 
 
 def limit_memory(size):
@@ -54,7 +54,7 @@ def limit_memory(size):
 
 def main(question_fd, answer_fd):
     forget_judge()
-    protocol, session = load_package()
+    protocol, session, forks = load_package()
     # Children of the target must not inherit the pipes; the target's prints go to the kept output.
     os.set_inheritable(question_fd, False)
     os.set_inheritable(answer_fd, False)
@@ -69,7 +69,11 @@ def main(question_fd, answer_fd):
         request = loads(read_exactly(questions, json_bytes))
         blob = b""
         try:
-            if request["question"] == "hello":
+            if request["question"] in forks.QUESTIONS:
+                if forks.answered_elsewhere(request):
+                    continue
+                answer = forks.answer(request, "" if state is None else state.target["folder"])
+            elif request["question"] == "hello":
                 limit_memory(request["memory_bytes"])
                 state = session.Session(request["target"], request["device"])
                 answer = state.hello()

@@ -1,0 +1,200 @@
+"""Questions of a lock about the model used otherwise than by default: sampled, ended, with dropout, with loaded files.
+
+Unusual: nothing that is random is compared. What a draw is made from is caught where it is drawn; dropout shows
+as how far a module's outputs lie apart over seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+
+from .protocol import NotSupported, theirs
+from .sketch import first_tensor, sketch
+
+DECISIVE = 1e-3  # of the likeliest draw's probability: nearer ones may change places on another machine
+SHOWN = 8  # probabilities of a draw
+STRENGTH = 0.5  # of dropout
+SEEDS = 12
+SCHEDULES, OPTIMIZERS = ("learning_rate", "get_lr"), ("make_optimizer", "get_optimizer", "configure_optimizers")
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
+
+
+class VariantQuestions:
+    """More ``ask_lock_*``. Every answer is {"facts": {path: value}}."""
+
+    def ask_lock_sampling(self, adapter, rows, options):
+        """What the first new token is drawn from: how many ids, the likeliest probabilities, the second id."""
+        taken = inspect.signature(self.subject.model_class.generate).parameters
+        if missing := [name for name in options if name not in taken]:
+            raise NotSupported(f"generate takes no {', '.join(missing)}")
+        draws = []
+
+        def second(probabilities, *args, **kwargs):
+            draws.append(probabilities.detach().double().reshape(-1, probabilities.shape[-1])[0])
+            places = probabilities.topk(min(2, probabilities.shape[-1]), dim=-1).indices
+            return places[..., -1:]
+
+        call = functools.partial(adapter.model.generate, **options)
+        with replaced(adapter.model.__dict__, "generate", call), replaced_draw(second):
+            ids = adapter.generate(adapter.batch(rows), 1, greedy=False)
+        if not draws:
+            raise NotSupported("generate draws by other means than torch.multinomial")
+        top = draws[0].sort(descending=True).values
+        known = [float(p) for p in top[: SHOWN + 1]]
+        apart = len(known) > 2 and known[0] - known[1] > DECISIVE * known[0] < known[1] - known[2]
+        facts = {"support": int((draws[0] > 0).sum()), "probabilities": [p for p in known[:SHOWN] if p > 0]}
+        return {"facts": {**facts, "second": ids[0][0] if apart else None}}
+
+    def ask_lock_ending(self, adapter, rows, max_new_tokens):
+        """Greedy ids of a batch in which an id ends a text that another one would follow."""
+        plain = adapter.generate(adapter.batch(rows), max_new_tokens)
+        followed = [a for row in plain for a, b in zip(row, row[1:]) if a != b]
+        if not followed:
+            raise NotSupported(f"greedy decoding repeats one token for {max_new_tokens}: no end would show")
+        ids = adapter.generate(adapter.batch(rows), max_new_tokens, eos=followed[0])
+        return {"facts": {"": {"ids": ids, "decided": [list(range(len(row))) for row in ids]}}}
+
+    def ask_lock_rates(self, adapter):
+        """The schedule's values at shares of a run, and the learning rate of each parameter, by the training config."""
+        from .adapters.configs import blank, config_values
+
+        if self.subject.found.train_config is None:
+            raise NotSupported("no training config class was found")
+        config = blank(self.subject.load(self.subject.found.train_config))
+        told = {"cfg": config, "config": config, "train_cfg": config}
+        facts, steps = {}, config_values(config).get("max_training_steps") or 1000
+        for share in SHARES:
+            step = int(share * steps)
+            known = {**told, "step": step, "it": step, "peak": 1.0, "max_lr": 1.0, "max_steps": steps}
+            for rate in self.called(SCHEDULES, known):
+                facts[f"schedule.{share:.0%}"] = float(rate)
+        for optimizer in self.called(OPTIMIZERS, {**told, "model": adapter.model}):
+            groups = optimizer.param_groups
+            rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+            for name, parameter in adapter.model.named_parameters():
+                facts[f"rate.{name}"] = rates.get(id(parameter), 0.0)
+        if not facts:
+            raise NotSupported(f"no {', '.join(SCHEDULES + OPTIMIZERS)} with arguments that can be supplied was found")
+        return {"facts": facts}
+
+    def called(self, names, known):
+        """[what the nearest of the target's functions of these names gives that takes no more than is known], or []."""
+        from .adapters.configs import fitting
+
+        places = [place for name in names for place in sorted(self.subject.found.functions.get(name, ()), key=str)]
+        for place in places:
+            function = self.subject.load(place)
+            try:
+                arguments = fitting(function, known)
+            except NotSupported:
+                continue
+            with theirs():
+                return [function(**arguments)]
+        return []
+
+    def ask_lock_dropout(self, adapter, rows, field):
+        """With ``field`` raised: the logits in evaluation, and how random each module is in training."""
+        import torch
+
+        from . import probe
+        from .adapters.configs import config_values, make_config
+
+        values = config_values(adapter.config)
+        if field not in values:
+            raise NotSupported(f"the config has no {field}")
+        other = copy.copy(adapter)
+        other.config = make_config(type(adapter.config), {**values, field: STRENGTH})
+        with theirs():
+            other.model = adapter.build_model(other.config).to(adapter.device).eval()
+        probe.fill(other.model)
+        calls, hooks = {}, []
+        for name, module in other.model.named_modules():
+            hooks.append(
+                module.register_forward_hook(functools.partial(keep, calls, name or "model"), with_kwargs=True)
+            )
+        batch = other.batch(rows, "none")
+        with torch.no_grad():
+            logits = torch.cat([row.reshape(-1) for row in other.logits(batch)])
+            for hook in hooks:
+                hook.remove()
+            other.model.train()
+            facts = {"eval": sketch(logits)}
+            for name, (module, args, kwargs) in calls.items():
+                apart = spread(module, args, kwargs)
+                if apart:
+                    facts[f"train.{name}"] = apart
+        return {"facts": facts}
+
+    def ask_lock_backbone_weights(self, adapter, larger=False):
+        """Sketches of the tensors that loading pretrained backbones decides; larger: for pictures twice the size."""
+        import torch
+
+        from .adapters.configs import config_values, make_config
+
+        config = adapter.backbone_config()
+        if not [name for name, role in adapter.hub_names(config) if role != "tokenizer"]:
+            raise NotSupported("the config names no backbone repositories")
+        if larger:
+            values = config_values(config)
+            more = {"vit_img_size": 2, "mp_image_token_length": 4, "max_img_size": 2}
+            more = {name: factor * values[name] for name, factor in more.items() if values.get(name)}
+            try:
+                config = make_config(type(config), {**values, **more})
+            except Exception as error:  # of any type: the target's way to say no
+                raise NotSupported(f"the config takes no picture of twice the size: {error}") from None
+        states = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            with theirs():
+                states.append(adapter.build_model(config, load_backbone=True).state_dict())
+        first, second = states
+        kept = {name: tensor for name, tensor in first.items() if tensor.is_floating_point()}
+        return {"facts": {n: sketch(t) for n, t in kept.items() if t.numel() and bool(torch.equal(t, second[n]))}}
+
+
+def keep(calls, name, module, args, kwargs, out):
+    """A hook: what a module was first called with, where it gives a tensor."""
+    if name not in calls and first_tensor(out) is not None:
+        calls[name] = (module, args, kwargs)
+
+
+def spread(module, args, kwargs):
+    """How far a module's outputs lie apart over seeds, of their size; 0 where they do not."""
+    import torch
+
+    outs = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        try:
+            outs.append(first_tensor(module(*args, **kwargs)).double())
+        except Exception:  # what it was called with is used up, a cache for one
+            return 0.0
+        if len(outs) == 2 and torch.equal(*outs):
+            return 0.0
+    stacked = torch.stack(outs)
+    return float(stacked.std(0).pow(2).mean().sqrt() / stacked.pow(2).mean().sqrt())
+
+
+@contextlib.contextmanager
+def replaced(names, name, value):
+    """Another value for a name of a namespace inside the block."""
+    names[name] = value
+    try:
+        yield
+    finally:
+        del names[name]
+
+
+@contextlib.contextmanager
+def replaced_draw(function):
+    """Another torch.multinomial inside the block."""
+    import torch
+
+    real, torch.multinomial = torch.multinomial, function
+    try:
+        yield
+    finally:
+        torch.multinomial = real
