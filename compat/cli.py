@@ -8,12 +8,17 @@ import os
 import sys
 import traceback
 
+from compat.actions import commands_stopped, say
 from compat.combo import UnknownCombo
 from compat.commands import SHAPE, Usage, complain
+from compat.parallel import terminable
 from compat.result import INCOMPLETE, USAGE
 from compat.suites import UnknownSuite
 
-COMMANDS = ("run", "lock", "compare", "explain", "list")  # a module of compat.commands each
+# a module of compat.commands each
+COMMANDS = (
+    "run", "gate", "compare", "lock", "explain", "bisect", "migrate", "mutate", "log", "report", "list", "doctor",
+)  # fmt: skip
 EXIT_CODES = """\
 exit codes:
   0  nothing speaks against the target
@@ -40,8 +45,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (each command's help has them). argparse itself exits with 2."""
     options = parser().parse_args(argv)
+    options.told = []  # workflow commands for GitHub Actions, which the target cannot add to
+    data = "-" in [value for value in vars(options).values() if isinstance(value, str)]
+    with commands_stopped(data):
+        code = _run(options)
+    say(options.told, data)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        code = options.run(options)
+        with terminable():
+            code = options.run(options)
         sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, not after the exit code is set
         return code
     except (UnknownCombo, UnknownSuite, Usage) as error:

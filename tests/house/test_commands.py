@@ -17,9 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from compat import store
 from compat.cli import parser
 from conftest import draw
+from nanovlm.cli import parser as nanovlm_parser
 from tests.house.tree import ROOT, copy_to, files
+from tests.report.made import made
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = {"python": "", "compat": "-m compat", "nanovlm": "-m nanovlm", "nox": "-m nox"}
@@ -39,14 +42,18 @@ def documented() -> list[tuple[str, str]]:
 
 
 def kind(command: str) -> str:
-    """make, run (the judge asks everything), lock (it asks nearly as much), quick, or unknown."""
+    """make, run (the judge asks everything), lock (nearly as much), gate (both), train, quick, or unknown."""
     program, *arguments = shlex.split(command)
     if program == "make":
         return "make"
     if program == ".venv/bin/compat" and arguments[0] == "run" and "--help" not in arguments:
         return "run"
-    if program == ".venv/bin/compat" and arguments[0] in ("lock", "compare") and "--help" not in arguments:
+    if program == ".venv/bin/compat" and arguments[0] in ("lock", "compare", "mutate") and "--help" not in arguments:
         return "lock"
+    if program == ".venv/bin/compat" and arguments[0] in ("gate", "bisect") and "--help" not in arguments:
+        return "gate"
+    if program == ".venv/bin/python" and arguments[:3] == ["-m", "nanovlm", "train"] and "--help" not in arguments:
+        return "train"  # tests/train/test_learning.py says how it ends
     if program == ".venv/bin/python" and arguments[:2] == ["-m", "pytest"]:
         return "run"
     if program == ".venv/bin/nox":
@@ -62,7 +69,7 @@ def commands(*kinds: str):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """The tree, set up; beside it my-fork, a git repository with a model; in it a photo."""
+    """The tree, set up; beside it my-fork, a git repository with a model; in it a photo and a run that was kept."""
     home = tmp_path_factory.mktemp("home")
     clone, fork = home / "clone", home / "my-fork"
     clone.mkdir()
@@ -74,6 +81,7 @@ def clone(tmp_path_factory) -> Path:
         (programs / name).chmod(0o755)
     (clone / ".venv" / ".ready").touch()
     draw(320, 240).save(clone / "photo.png")
+    store.save(made(0), clone / ".compat" / "runs")
     shutil.copytree(ROOT / "nanovlm", fork / "nanovlm", ignore=shutil.ignore_patterns("__pycache__"))
     if shutil.which("git"):
         nobody = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # no signing, no templates
@@ -122,6 +130,11 @@ def test_compat_understands_the_documented_arguments(arguments):
         assert parser().parse_args(arguments).command == arguments[0]
 
 
+@commands("train")
+def test_training_understands_the_documented_arguments(command):
+    assert nanovlm_parser().parse_args(shlex.split(command)[3:]).use_preset
+
+
 @pytest.mark.slow
 @commands("run")
 def test_a_whole_run_ends_well(clone, command):
@@ -133,6 +146,12 @@ def test_a_whole_run_ends_well(clone, command):
 def test_locks_are_made_and_compared(clone, command):
     said = bash(clone, command).stdout
     assert "facts of" in said or said.startswith("IDENTICAL")
+
+
+@pytest.mark.slow
+@commands("gate")
+def test_a_gate_lets_the_tree_as_it_is_pass(clone, command):
+    assert bash(clone, command).stdout.startswith("PASSED: nothing new")
 
 
 @pytest.mark.parametrize("module", ["compat", "nanovlm"])

@@ -169,6 +169,18 @@ class FakeChild:
         values[:, [PAD, IMAGE_ID, BOS]] = -4.0
         return values
 
+    def answer_lock_flops(self, rows):
+        return {"facts": {"flops.forward.total": 2_000_000, "flops.backward.total": 4_000_000}}
+
+    def answer_speed(self, rows, new_tokens):
+        return {"tokens_per_s": 500.0}
+
+    def answer_lock_special(self):
+        return {"facts": {"eos_token": ["<|im_end|>", 2]}}
+
+    def answer_loading_fields(self):
+        return {"fields": {"lm_hidden_dim": [960, "shapes"], "vit_patch_size": [16, "refused"]}}
+
     def answer_forward(self, rows, padding="left", train=False):
         longest = max(len(row["tokens"]) for row in rows)
         reply, total, count = {"loss": None, "finite": True}, 0.0, 0

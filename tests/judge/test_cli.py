@@ -134,10 +134,15 @@ def test_ctrl_c_keeps_what_was_answered(here, child, capsys):
     assert len(saved(here).results) == 3 and "interrupted" in (here / LOG).read_text(encoding="utf-8")
 
 
-def test_two_combos_share_one_session_and_one_child(here, child, capsys):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_two_combos_share_the_children_there_is_room_for_and_are_told_in_order(
+    here, child, capsys, monkeypatch, at_once
+):
+    monkeypatch.setattr("compat.parallel.places", lambda wanted, *_: min(wanted, at_once))
     names = ["siglip-smollm2", "siglip2-smollm2"]
     assert cli.main(["run", "../fork", "--suite", "forward", "--combo", names[0], "--combo", names[1]]) == 0
-    assert len(child.made) == 1 and saved(here).combos == names
+    assert len(child.made) == (1 if at_once == 1 else 0), "two of them are made in processes of their own"
+    assert saved(here).combos == names
     asked = [result.combo for result in saved(here).results]
     each = len(asked) // 2
     assert each and asked == [names[0]] * each + [names[1]] * each
@@ -222,11 +227,33 @@ def test_a_log_that_cannot_be_written_is_said_and_kept_in_the_run(here, child, c
 
 def test_a_run_that_cannot_be_saved_is_said_and_still_shown(here, child, capsys):
     (here / ".compat").write_text("in the way")
-    assert cli.main(["run", "../fork", "--suite", "backbones", "--json", "no/folder.json"]) == 0
+    assert cli.main(["run", "../fork", "--suite", "backbones"]) == 0
     said = capsys.readouterr()
-    assert (
-        "was not saved" in said.err and "no/folder.json was not written" in said.err and "PASSED" in said.out
-    )
+    assert "was not saved" in said.err and "PASSED" in said.out
+
+
+@pytest.mark.parametrize(("where", "why"), [("no/folder.json", "there is no folder no"), (".", "it is a folder")])
+def test_a_json_file_that_cannot_be_written_is_exit_3_before_anything_is_asked(here, child, capsys, where, why):
+    assert cli.main(["run", "../fork", "--json", where]) == 3
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == f"compat: --json {where} cannot be written: {why}; nothing was asked\n"
+    assert not child.fake.calls and list(here.iterdir()) == []
+
+
+def test_a_json_file_that_could_not_be_written_after_all_is_no_success(here, child, capsys, monkeypatch):
+    monkeypatch.setattr(store, "write_atomic", full_disk(store.write_atomic, "copy.json"))
+    assert cli.main(["run", "../fork", "--suite", "backbones", "--json", "copy.json"]) == 3
+    said = capsys.readouterr()
+    assert "copy.json was not written: No space left" in said.err and "PASSED" in said.out
+
+
+def full_disk(write, name: str):
+    def refuse(path, data):
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    return refuse
 
 
 def test_json_on_stdout_is_json_and_nothing_else(here, child, capsys):

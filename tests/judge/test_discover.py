@@ -16,7 +16,9 @@ from compat.child.discover import (
     parse,
     python_files,
 )
-from tests.judge.trees import put
+from compat.process import Child, CouldNotAsk
+from compat.target import resolve
+from tests.judge.trees import COMBO, put
 
 MODEL = """
 from torch import nn
@@ -95,6 +97,16 @@ def test_the_fullest_model_wins_and_the_others_are_named(tmp_path):
 def test_of_equals_the_one_nearest_to_the_top_wins(tmp_path):
     files = {"old/copy/vlm.py": model(), "vlm.py": model(), "config.py": CONFIG.format(name="C")}
     assert found(tmp_path, files).model.module == "vlm"
+
+
+def test_of_equals_that_lie_as_deep_none_is_guessed_and_a_variant_is_no_equal(tmp_path):
+    files = {"a.py": model("One"), "b.py": model("Two"), "config.py": CONFIG.format(name="C")}
+    assert found(tmp_path, files).rivals == ["a.py:One", "b.py:Two"]
+    with Child(resolve(str(tmp_path))) as child, pytest.raises(CouldNotAsk, match="2 classes look like") as caught:
+        child.ask("describe", combo=COMBO)
+    assert "a.py:One, b.py:Two; name one instead of the folder, as FOLDER/a.py:One" in str(caught.value)
+    variant = model("Two").replace("nn.Module", "One")
+    assert found(tmp_path, {"b.py": "from a import One\n" + variant}).rivals == ["a.py:One"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from compat.reports import log
+from compat import store
+from compat.reports import entries, log
 from compat.reports.text import code, one_line, printable, word
 from compat.result import ERROR, FAILED, PASSED, SKIPPED, Result, Run
 
@@ -36,9 +39,7 @@ def run(*results: Result, combos=("siglip2-smollm2",)) -> Run:
     return found
 
 
-def result(
-    check: str, status: str = PASSED, message: str = "", test: str = "holds", combo="siglip2-smollm2"
-) -> Result:
+def result(check: str, status: str = PASSED, message: str = "", test: str = "holds", combo="siglip2-smollm2") -> Result:
     return Result(check, test, status, message, combo=combo)
 
 
@@ -71,7 +72,7 @@ def test_an_entry_has_the_form_people_know():
 - **Python**: 3.11.9
 - **Transformers**: 5.23.0
 - **GPU**: none
-- **Run**: `.compat/runs/x.json`
+- **Run**: [`.compat/runs/x.json`](.compat/runs/x.json)
 
 **Test Results**:
 - ✅ Config Compatibility
@@ -100,9 +101,7 @@ def test_an_entry_has_the_form_people_know():
     ],
 )
 def test_the_status_line_counts_checks(statuses, incomplete, line):
-    found = run(
-        *(result(f"C{n}", status, "" if status == PASSED else "why") for n, status in enumerate(statuses))
-    )
+    found = run(*(result(f"C{n}", status, "" if status == PASSED else "why") for n, status in enumerate(statuses)))
     found.incomplete = incomplete
     assert f"- **Status**: {line}\n" in log.entry(found, "x")
 
@@ -141,9 +140,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_stays_inside_one_code_span(text):
-    found = run(
-        result("Config Compatibility", FAILED, text), result("VRAM"), result("VRAM", SKIPPED, text, "t")
-    )
+    found = run(result("Config Compatibility", FAILED, text), result("VRAM"), result("VRAM", SKIPPED, text, "t"))
     found.target = {"label": text, "commit": text, "dirty": False}
     found.environment = {"torch": text, "device": text, "python": text, "transformers": text, "gpu": text}
     found.incomplete = text
@@ -151,7 +148,7 @@ def test_hostile_text_stays_inside_one_code_span(text):
     assert len(entry) < 6000 and "49" not in entry.replace("{{ 7", "")
     allowed = (
         r"---|### Integration Test Run - 2025.*|- \*\*[A-Za-z ]+\*\*: .*|\*\*(Test Results|Skipped)\*\*.*:|"
-        r"- [✅❌⚠️⏳]+ [A-Za-z ]+|  - Error: `[^`]*`|- VRAM, t: `[^`]*`|"
+        r"- [✅❌⚠️⏳]+ [A-Za-z ]+|  - Error: `[^`]*`|- VRAM, t: `[^`]*`|"  # and the blank line
     )
     for line in entry.split("\n"):
         assert re.fullmatch(allowed, line), line
@@ -200,24 +197,73 @@ def test_existing_bytes_are_kept_and_the_entry_stands_apart(tmp_path, before):
     assert after.startswith(before)
     added = after[len(before) :]
     newline = b"\r\n" if b"\r\n" in before else b"\n"
-    assert added.lstrip(b"\r\n").startswith(b"---" + newline * 2 + "entry ✅".encode()) and added.endswith(
-        newline
-    )
+    assert added.lstrip(b"\r\n").startswith(b"---" + newline * 2 + "entry ✅".encode()) and added.endswith(newline)
     assert (before + added).replace(b"\r\n", b"\n").index(b"\n\n---\n") > 0
 
 
-def test_processes_that_append_at_once_lose_nothing(tmp_path):
+CROWD = """
+import os, sys, time
+from compat import store
+from compat import store
+from compat.reports import entries, log
+from compat.result import PASSED, Result, Run
+number, path = int(sys.argv[1]), sys.argv[2]
+workers = []
+for worker in range(number):  # forked, so that fifty interpreters need not start
+    child = os.fork()
+    if not child:
+        for turn in range(2):
+            run = Run.begin({"label": "."}, "tiny", ["siglip2-smollm2"])
+            run.results = [Result(f"Check {worker}.{turn}", "holds", PASSED, combo="siglip2-smollm2")]
+            log.record(path, run)
+        os._exit(0)
+    workers.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in workers))
+"""
+
+
+@pytest.mark.parametrize("number", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_processes_that_log_at_once_lose_nothing(tmp_path, number):
     path = tmp_path / log.NAME
-    script = (
-        "import sys; from compat.reports.log import append\n"
-        "for n in range(8): append(sys.argv[1], f'entry {sys.argv[2]}.{n}\\n')"
-    )
-    workers = [
-        subprocess.Popen([sys.executable, "-c", script, str(path), str(n)], cwd=ROOT) for n in range(5)
-    ]
-    assert [worker.wait(60) for worker in workers] == [0] * 5
-    entries = re.findall(r"entry \d\.\d", path.read_text(encoding="utf-8"))
-    assert len(entries) == 40 == len(set(entries)) and os.listdir(tmp_path) == [log.NAME]
+    ask = [sys.executable, "-c", CROWD, str(number), log.NAME]
+    done = subprocess.run(ask, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = path.read_text(encoding="utf-8")
+    logged = re.findall(r"^- ✅ (Check \d+\.\d)$", text, re.MULTILINE)
+    assert sorted(logged) == sorted(f"Check {worker}.{turn}" for worker in range(number) for turn in range(2))
+    assert text.count("\n### Integration Test Run") == 2 * number == len(store.all_runs(tmp_path / ".compat" / "runs"))
+    assert {found.id for found in entries.parse(text)} == {
+        p.stem for p in store.all_runs(tmp_path / ".compat" / "runs")
+    }
+    assert sorted(os.listdir(tmp_path)) == [".compat", log.NAME]
+
+
+VICTIM = """
+import sys
+from compat.reports.log import append
+print("begun", flush=True)
+for turn in range(10**6):
+    append(sys.argv[1], f"---\\n\\nentry {turn} begins\\n" + "x" * 5000 + f"\\nentry {turn} ends\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_instant_leaves_a_whole_file(tmp_path):
+    path = tmp_path / log.NAME
+    seen, delays = 0, random.Random(0)
+    for _ in range(25):
+        victim = subprocess.Popen([sys.executable, "-c", VICTIM, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+        assert victim.stdout.readline() == b"begun\n"
+        time.sleep(delays.uniform(0.001, 0.06))
+        victim.kill()
+        victim.wait()
+        victim.stdout.close()
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        begun, ended = (re.findall(rf"^entry (\d+) {word}$", text, re.MULTILINE) for word in ("begins", "ends"))
+        assert begun == ended and len(begun) >= seen and (not text or text.endswith(" ends\n"))
+        seen = len(begun)
+    assert seen > 25
+    log.append(path, "the lock is free\n")  # a dead holder holds nothing
 
 
 def test_without_fcntl_a_lock_file_serves_and_goes_away(tmp_path, monkeypatch):
@@ -260,3 +306,42 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(log.LogNotWritten, match="No space left"):
         log.append(path, "entry\n")
     assert path.read_text() == "mine\n" and os.listdir(tmp_path) == [log.NAME]
+
+
+def test_a_log_that_cannot_be_written_keeps_the_entry_in_the_run(tmp_path, monkeypatch):
+    """A read-only log, then a full disk; `compat log sync` adds the entries, once."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / log.NAME
+    path.write_text("mine\n")
+    runs = [run(result("VRAM")), run(result("Edge Cases"))]
+    runs[1].id = "20251121T040000Z-000001"
+    real = log.write_atomic
+    for found, why in zip(runs, ("is read-only", "No space left"), strict=True):
+        found.target["label"] = "."
+
+        def refuse(*_, why=why):
+            raise OSError(28, why)
+
+        monkeypatch.setattr(log, "write_atomic", refuse)
+        with pytest.raises(
+            log.LogNotWritten, match=f"{why}.*is kept in .compat/runs/{found.id}.json, and compat log sync"
+        ):
+            log.record(path, found)
+        assert path.read_text() == "mine\n"
+        kept = store.load(store.path_of(found)).log
+        assert why in kept["error"] and kept["entry"].startswith("---\n\n### Integration Test Run")
+    monkeypatch.setattr(log, "write_atomic", real)
+    assert log.sync(path) == [found.id for found in runs] and log.sync(path) == []
+    assert (
+        path.read_text(encoding="utf-8").startswith("mine\n")
+        and len(entries.parse(path.read_text(encoding="utf-8"))) == 2
+    )
+
+
+def test_a_read_only_log_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / log.NAME
+    path.write_text("mine\n")
+    monkeypatch.setattr(os, "access", lambda where, mode: False)  # root may write whatever the mode says
+    with pytest.raises(log.LogNotWritten, match="is read-only"):
+        log.append(path, "entry\n")
+    assert path.read_text() == "mine\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_output_keeps_its_beginning_and_its_end(tmp_path):
     with open(tmp_path / "printed", "wb") as stream:
         stream.write(b"first line\n" + b"x" * 10**7 + b"\nlast line \xff\n")
     with open(tmp_path / "printed", "rb") as stream:
-        kept.drain(stream)
+        kept.drain(stream.fileno(), threading.Event())
     text = kept.text()
     assert text.startswith("first line\n") and text.endswith("\nlast line \ufffd\n")
     assert "bytes cut" in text and len(text) < 2100

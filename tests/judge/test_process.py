@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -252,6 +253,20 @@ def test_another_interpreter_answers_for_itself(tmp_path):
         with Child(resolve(str(tmp_path)), python=python) as child, pytest.raises(CouldNotAsk) as caught:
             child.ask("describe", combo=COMBO)
         assert str(caught.value).startswith("this folder holds no nanoVLM-style model"), f"{python}: {caught.value}"
+
+
+def test_a_closed_child_holds_nothing_open_and_is_not_started_again(tmp_path):
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("this system has no /proc/self/fd to look into")
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    child = Child(resolve(str(tmp_path)))
+    with pytest.raises(CouldNotAsk, match="this folder holds no nanoVLM"):
+        child.ask("describe", combo=COMBO)
+    child.close()
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    with pytest.raises(CouldNotAsk, match="was ended"):
+        child.ask("describe", combo=COMBO)
+    assert child.starts == 1
 
 
 # -- the sandbox ---------------------------------------------------------------------------------------------
