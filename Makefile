@@ -36,12 +36,13 @@ $(READY): pyproject.toml constraints.txt
 compat: $(READY)
 	$(RUN) compat run '$(TARGET)' $(ARGS)
 
+# a file stays in one process, so what its tests share is made once
 test: $(READY)
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile $(ARGS)
 
 # pytest's exit 5, nothing selected, is a failure here on purpose: slow tests exist, and losing them is news.
 slow: $(READY)
-	$(RUN) pytest -m slow $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile -m slow $(ARGS)
 
 faults: $(READY)
 	$(RUN) pytest tests/faults -m 'slow or not slow' $(ARGS)

@@ -6,6 +6,7 @@ Sockets reach loopback only; a test that goes further fails with NetworkBlocked 
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import random
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SEED = 20250930
-THREADS = 2
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+THREADS = 1 if WORKER else 2
+if WORKER:  # one process a core: neither it nor what it starts takes a second one
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 
 class NetworkBlocked(RuntimeError):
@@ -156,23 +160,33 @@ def trained_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     It takes minutes: for tests marked slow. Beside the checkpoint lie `printed.txt`, what the command printed,
     and `cpu_s.txt`, the seconds of processor time that it took.
     """
-    output = tmp_path_factory.mktemp("trained")
-    words = "-m nanovlm train --use_preset tiny --train_dataset_path synthetic --run_name tiny".split()
+    shared = tmp_path_factory.getbasetemp()
+    if WORKER:
+        shared = shared.parent  # each worker is a session of its own: the first one trains, the others wait
+    run = shared / "trained" / "tiny"
+    with open(shared / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run / "cpu_s.txt").exists():
+            _train(run)
+    return run
+
+
+def _train(run: Path) -> None:
+    words = "-m nanovlm train --use_preset tiny --train_dataset_path synthetic --run_name".split()
     plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     before = os.times()
     done = subprocess.run(
-        [sys.executable, *words, "--output_dir", str(output)],
+        [sys.executable, *words, run.name, "--output_dir", str(run.parent)],
         cwd=Path(__file__).parent,
         env=plain,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    after, run = os.times(), output / "tiny"
+    after = os.times()
     spent = after.children_user - before.children_user + after.children_system - before.children_system
     (run / "printed.txt").write_text(done.stdout)
     (run / "cpu_s.txt").write_text(str(spent))
-    return run
 
 
 def draw(width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0) -> Image:

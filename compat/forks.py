@@ -43,7 +43,8 @@ class Forks(Child):
     def _launch(self) -> None:
         if self._process is None:
             super()._launch()
-            self._exchange("preload", {"combo": None, "parameters": {"modules": self.preload}})
+            known = {"modules": self.preload, "folder": str(self.target.folder)}
+            self._exchange("preload", {"combo": None, "parameters": known})
         self._exchange("fork", {"combo": None, "parameters": {}})
         self._forked = True
 

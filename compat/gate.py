@@ -18,7 +18,7 @@ from compat.asking import How, Question, Unanswered, answer, cross
 from compat.base import Base, Change
 from compat.combo import Combo
 from compat.findings import Finding
-from compat.result import ERROR, FAILED, INCOMPLETE, OK, REGRESSION, SKIPPED, Run
+from compat.result import ERROR, FAILED, INCOMPLETE, OK, REGRESSION, SKIPPED, Run, plain
 from compat.rules import VERDICTS, Comparison, NotComparable, compare
 from compat.suites import Suite
 from compat.target import Target
@@ -348,4 +348,4 @@ def _rows(item: Judged, rules: dict) -> list[dict]:
 
 
 def dumps(found: Gate) -> str:
-    return json.dumps(found.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(found.as_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

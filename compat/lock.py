@@ -53,6 +53,7 @@ SAMPLING: dict[str, dict] = {
     "top_k": {"top_k": 5, "top_p": 1.0, "temperature": 1.0},
     "top_p": {"top_k": 50, "top_p": 0.4, "temperature": 1.0},
     "temperature": {"top_k": 50, "top_p": 1.0, "temperature": 2.0},
+    "repetition_penalty": {"top_k": 50, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.7},
 }
 DROPOUT = ("vit_dropout", "lm_dropout")
 PICTURES = ((64, 64), (20, 20), (97, 60), (60, 97), (300, 200))
@@ -177,6 +178,7 @@ class Asker:
             long = self.filled()
         except NotSupported:
             long = self.row()
+        self.section("config.derived.without", "lock_hub_fields")
         self.section("config.effect", "lock_effects", rows=[self.row()], long_row=long)
 
     def checkpoint(self) -> None:
@@ -257,6 +259,7 @@ class Asker:
         for case, parameters in cases.items():
             self.section(f"greedy.{case}", "lock_greedy", max_new_tokens=NEW_TOKENS, **parameters)
         self.section("greedy.ending", "lock_ending", rows=self.batch(), max_new_tokens=NEW_TOKENS)
+        self.section("greedy.stopped", "lock_stopped", rows=self.batch(), max_new_tokens=NEW_TOKENS)
         for case, options in SAMPLING.items():
             self.section(f"sampling.{case}", "lock_sampling", rows=one, options=options)
         for field in DROPOUT:

@@ -149,7 +149,7 @@ class Run:
 
     def as_json(self) -> dict:
         """Plain data for json.dump(allow_nan=False): NaN and infinities become strings."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     @classmethod
     def from_json(cls, data: dict) -> Run:
@@ -167,7 +167,7 @@ class Run:
             raise NotARun(f"a result in the run is malformed: {error}") from None
 
 
-def _plain(value):
+def plain(value):
     """Values as JSON has them. Keys become text; what JSON does not know becomes its repr."""
     if isinstance(value, bool) or value is None or isinstance(value, int):
         return value
@@ -176,7 +176,7 @@ def _plain(value):
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, dict):
-        return {_plain(str(key)): _plain(item) for key, item in value.items()}
+        return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    return _plain(repr(value))
+        return [plain(item) for item in value]
+    return plain(repr(value))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import os
 import sys
 from collections import namedtuple
@@ -110,8 +111,14 @@ def parse(path):
     with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         if os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES:  # a pipe named x.py would never end
             with open(path, "rb") as stream:
-                return ast.parse(stream.read())
+                return parsed(stream.read())
     return None
+
+
+@functools.lru_cache(maxsize=None)  # by content: a fork of this process has most files parsed already
+def parsed(source):
+    """The AST of a module's bytes; nobody may change it."""
+    return ast.parse(source)
 
 
 def broken_files(folder):

@@ -39,7 +39,7 @@ class Seen:
         self.adapter = copy.copy(adapter)
         self.adapter.supply_hub_files = lambda config: None  # an absent repository stays absent
         self.rows, self.long_row, self.digests = rows, long_row, {}
-        torch.manual_seed(0)
+        probe.seed(0)
         try:
             self.adapter.config = make_config(type(adapter.config), values)
             self.adapter.model = self.adapter.build_model(self.adapter.config).to(adapter.device).eval()
@@ -64,7 +64,7 @@ class Seen:
 
     def look_at_training(self):
         self.adapter.model.train()
-        torch.manual_seed(0)
+        probe.seed(0)
         try:
             return self.look_at_loss()
         finally:

@@ -11,6 +11,8 @@ import importlib
 import os
 import sys
 
+from .discover import parse, python_files
+
 QUESTIONS = ("preload", "fork", "join", "loaded")
 
 
@@ -34,6 +36,8 @@ def answer(request, folder):
         for name in request["parameters"]["modules"]:
             with contextlib.suppress(Exception):  # what cannot be imported now is imported by whom it concerns
                 importlib.import_module(name)
+        for path in python_files(os.path.realpath(request["parameters"]["folder"])):
+            parse(path)
     if request["question"] == "loaded":
         return loaded(os.path.realpath(folder) + os.sep)
     return {}

@@ -107,9 +107,9 @@ class LockQuestions(VariantQuestions):
 
     def ask_lock_init(self, adapter):
         """Mean and standard deviation of every freshly initialised tensor, one seed."""
-        import torch
+        from . import probe
 
-        torch.manual_seed(0)
+        probe.seed(0)
         with theirs():
             state = adapter.build_model(adapter.config).state_dict()
         return {
@@ -231,6 +231,8 @@ class LockQuestions(VariantQuestions):
         """Logits and loss of one batch; change: None, "bf16", "small_embeddings" or "train_mode"."""
         import torch
 
+        from . import probe
+
         full = None
         if change == "bf16":
             full = flat_logits(adapter, adapter.batch(rows, padding))
@@ -243,7 +245,7 @@ class LockQuestions(VariantQuestions):
         adapter.model.train(change == "train_mode")
         logits = flat_logits(adapter, batch)
         with torch.no_grad():
-            torch.manual_seed(0)
+            probe.seed(0)
             loss = adapter.loss(batch)
         facts = {"logits": sketch(logits), "rms": rms(logits), "loss": float(loss)}
         if full is not None:

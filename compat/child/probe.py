@@ -6,9 +6,13 @@ numbers of the others, and two versions of a model get the same weights under th
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 
 import torch
+
+SMALL = 1 << 15  # elements of a tensor that is kept
 
 
 def generator(name):
@@ -17,9 +21,26 @@ def generator(name):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def seed(number):
+    """torch.manual_seed, whose notes for devices that are not in use take a millisecond a call."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 def draw(name, shape):
     """A float32 tensor for the parameter ``name``, scaled so that activations and logits stay of order 1."""
-    noise = torch.randn(tuple(shape), generator=generator(name))
+    shape = tuple(shape)
+    return _kept(name, shape) if math.prod(shape) <= SMALL else _drawn(name, shape)
+
+
+@functools.lru_cache(maxsize=1024)  # a tiny model is filled a hundred times
+def _kept(name, shape):
+    return _drawn(name, shape)
+
+
+def _drawn(name, shape):
+    noise = torch.randn(shape, generator=generator(name))
     if len(shape) < 2:
         return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
     if len(shape) == 2 and "pos" not in name and ("emb" in name or "head" in name.split(".")[-2:][0]):

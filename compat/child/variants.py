@@ -12,6 +12,7 @@ import functools
 import inspect
 
 from .protocol import NotSupported, theirs
+from .readings import jsonable
 from .sketch import first_tensor, sketch
 
 DECISIVE = 1e-3  # of the likeliest draw's probability: nearer ones may change places on another machine
@@ -26,7 +27,10 @@ class VariantQuestions:
     """More ``ask_lock_*``. Every answer is {"facts": {path: value}}."""
 
     def ask_lock_sampling(self, adapter, rows, options):
-        """What the first new token is drawn from: how many ids, the likeliest probabilities, the second id."""
+        """What the first two new tokens are drawn from: how many ids, the likeliest probabilities, the second id.
+
+        The second likeliest is what is drawn; where it is not told apart, nothing is said of the next draw.
+        """
         taken = inspect.signature(self.subject.model_class.generate).parameters
         if missing := [name for name in options if name not in taken]:
             raise NotSupported(f"generate takes no {', '.join(missing)}")
@@ -39,14 +43,51 @@ class VariantQuestions:
 
         call = functools.partial(adapter.model.generate, **options)
         with replaced(adapter.model.__dict__, "generate", call), replaced_draw(second):
-            ids = adapter.generate(adapter.batch(rows), 1, greedy=False)
+            ids = adapter.generate(adapter.batch(rows), 2, greedy=False)
         if not draws:
             raise NotSupported("generate draws by other means than torch.multinomial")
-        top = draws[0].sort(descending=True).values
-        known = [float(p) for p in top[: SHOWN + 1]]
+        tops = [[float(p) for p in draw.sort(descending=True).values[: SHOWN + 1]] for draw in draws[:2]]
+        known = tops[0]
         apart = len(known) > 2 and known[0] - known[1] > DECISIVE * known[0] < known[1] - known[2]
         facts = {"support": int((draws[0] > 0).sum()), "probabilities": [p for p in known[:SHOWN] if p > 0]}
-        return {"facts": {**facts, "second": ids[0][0] if apart else None}}
+        then = [p for p in tops[1][:SHOWN] if p > 0] if apart and len(tops) > 1 else None
+        return {"facts": {**facts, "second": ids[0][0] if apart else None, "then.probabilities": then}}
+
+    def ask_lock_stopped(self, adapter, rows, max_new_tokens):
+        """Greedy ids that two ids in a row stop, and what a streamer was given of them."""
+        taken = inspect.signature(self.subject.model_class.generate).parameters
+        if missing := [name for name in ("stop", "streamer") if name not in taken]:
+            raise NotSupported(f"generate takes no {', '.join(missing)}")
+        plain = adapter.generate(adapter.batch(rows), max_new_tokens)
+        pair = next((row[i : i + 2] for row in plain for i in range(2, len(row) - 1) if row[i] != row[i + 1]), None)
+        if pair is None:
+            raise NotSupported(f"greedy decoding repeats one token for {max_new_tokens}: no end would show")
+        streamed = Streamed()
+        call = functools.partial(adapter.model.generate, stop=pair, streamer=streamed)
+        with replaced(adapter.model.__dict__, "generate", call):
+            ids = adapter.generate(adapter.batch(rows), max_new_tokens)
+        given = [list(row) + [-1] * streamed.ends for row in zip(*streamed.ids)]
+        facts = {"": ids, ".streamed": given}
+        return {"facts": {n: {"ids": r, "decided": decided(adapter, rows, plain, r)} for n, r in facts.items()}}
+
+    def ask_lock_hub_fields(self, adapter):
+        """{key of the backbones' config.json: the config's fields that its absence changes, or what is raised}."""
+        if not hasattr(adapter, "hub_readers"):
+            raise NotSupported("what config.json on the Hub decides is read in no one place")
+        found = {}
+        for role, read, given in adapter.hub_readers():
+            with theirs():
+                whole = read(given)
+            for key in given:
+                try:
+                    fields = read({name: value for name, value in given.items() if name != key})
+                except Exception as error:  # of any type: the target's way to say that it cannot do without
+                    found[f"{role}.{key}"] = type(error).__name__
+                    continue
+                changed = {name: jsonable(value) for name, value in fields.items() if value != whole.get(name)}
+                if changed:
+                    found[f"{role}.{key}"] = changed
+        return {"facts": found}
 
     def ask_lock_ending(self, adapter, rows, max_new_tokens):
         """Greedy ids of a batch in which an id ends a text that another one would follow."""
@@ -55,7 +96,7 @@ class VariantQuestions:
         if not followed:
             raise NotSupported(f"greedy decoding repeats one token for {max_new_tokens}: no end would show")
         ids = adapter.generate(adapter.batch(rows), max_new_tokens, eos=followed[0])
-        return {"facts": {"": {"ids": ids, "decided": [list(range(len(row))) for row in ids]}}}
+        return {"facts": {"": {"ids": ids, "decided": decided(adapter, rows, plain, ids)}}}
 
     def ask_lock_rates(self, adapter):
         """The schedule's values at shares of a run, and the learning rate of each parameter, by the training config."""
@@ -132,6 +173,7 @@ class VariantQuestions:
         """Sketches of the tensors that loading pretrained backbones decides; larger: for pictures twice the size."""
         import torch
 
+        from . import probe
         from .adapters.configs import config_values, make_config
 
         config = adapter.backbone_config()
@@ -147,12 +189,38 @@ class VariantQuestions:
                 raise NotSupported(f"the config takes no picture of twice the size: {error}") from None
         states = []
         for seed in (0, 1):
-            torch.manual_seed(seed)
+            probe.seed(seed)
             with theirs():
                 states.append(adapter.build_model(config, load_backbone=True).state_dict())
         first, second = states
         kept = {name: tensor for name, tensor in first.items() if tensor.is_floating_point()}
         return {"facts": {n: sketch(t) for n, t in kept.items() if t.numel() and bool(torch.equal(t, second[n]))}}
+
+
+def decided(adapter, rows, plain, ids):
+    """Places a row of ``ids`` where its id was chosen beyond doubt, or is not what ``plain`` greedy decoding chose."""
+    from .lock import DECISIVE as APART
+    from .lock import top_two_margins
+
+    found = []
+    for row, chosen, new in zip(rows, plain, ids):
+        margins = top_two_margins(adapter, row, chosen)
+        sure = {place for place, margin in enumerate(margins) if margin > APART}
+        found.append([p for p, token in enumerate(new) if p in sure or [token] != chosen[p : p + 1]])
+    return found
+
+
+class Streamed:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.ids, self.ends = [], 0
+
+    def put(self, ids):
+        self.ids.append(ids.tolist())
+
+    def end(self):
+        self.ends += 1
 
 
 def keep(calls, name, module, args, kwargs, out):
@@ -165,9 +233,11 @@ def spread(module, args, kwargs):
     """How far a module's outputs lie apart over seeds, of their size; 0 where they do not."""
     import torch
 
+    from . import probe
+
     outs = []
     for seed in range(SEEDS):
-        torch.manual_seed(seed)
+        probe.seed(seed)
         try:
             outs.append(first_tensor(module(*args, **kwargs)).double())
         except Exception:  # what it was called with is used up, a cache for one

@@ -16,7 +16,7 @@ from compat import store
 from compat.combo import Combo
 from compat.combo import choose as choose_combos
 from compat.commands import SHAPE, Usage, add_asking, complain, unwritable
-from compat.result import INCOMPLETE, USAGE
+from compat.result import INCOMPLETE, USAGE, plain
 
 if TYPE_CHECKING:
     from compat.crossing import Crossing
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     except (CouldNotAsk, lock.LockFailed, OSError) as error:
         return complain(str(error), INCOMPLETE)
     if options.json:
-        text = json.dumps(found.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(plain(found.as_json()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if options.json == "-":
             sys.stdout.write(text)
             return found.exit_code

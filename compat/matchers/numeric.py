@@ -73,7 +73,22 @@ def loss(change: Change) -> Hit | None:
     """The loss of logits that agree."""
     if not change.both or not change.name.endswith(".loss"):
         return None
-    return measured(change, *(("logits", "bf16") if change.name.startswith("bf16") else ("loss",)))
+    return measured(change, "loss_bf16" if change.name.startswith("bf16") else "loss")
+
+
+def bf16(change: Change) -> Hit | None:
+    return logits("NUMERIC.bf16")(change) or rounding(change)
+
+
+def rounding(change: Change) -> Hit | None:
+    """How far bf16 logits lie from the same model's in fp32, where it grew; less is nobody's loss."""
+    if not change.both or not change.name.endswith(".off_fp32"):
+        return None
+    size = change.pair.apart(change.old, change.new, "off_fp32")
+    if size is None or (isinstance(change.new, float) and change.new < change.old):
+        return None
+    return Hit(*(f"{value:.3g} of their size off fp32" if isinstance(value, float) else str(value)
+                 for value in (change.old, change.new)), size)  # fmt: skip
 
 
 def loss_precision(change: Change) -> Hit | None:
@@ -87,9 +102,10 @@ def measured(change: Change, *quantity: str) -> Hit | None:
 
 def numbers_follow(change: Change) -> str | None:
     case, _, fact = change.name.rpartition(".")
-    if not change.both or fact not in ("logits", "rms", "loss"):
+    if not change.both or fact not in ("logits", "rms", "loss", "off_fp32"):
         return None
-    if (loss(change) if fact == "loss" else change.pair.case_differs(case)) is None:
+    apart = {"loss": loss, "off_fp32": rounding}.get(fact)
+    if (apart(change) if apart else change.pair.case_differs(case)) is None:
         return ""
     if change.pair.redrawn:
         return None if not_comparable(change) else "NUMERIC.not_comparable"
@@ -101,6 +117,8 @@ def numbers_follow(change: Change) -> str | None:
         return "NUMERIC.loss" if case != PLAIN and _plain_loss_differs(change) else None
     if case != PLAIN and change.pair.case_differs(PLAIN) is not None:
         return "NUMERIC.logits"
+    if fact == "off_fp32":
+        return None if change.pair.case_differs(case) is None else rule_of(case)
     return None if logits(rule_of(case))(change) else rule_of(case)
 
 
@@ -180,10 +198,10 @@ def _has_ids(change: Change) -> bool:
 
 def sampling(change: Change) -> Hit | None:
     """Of what a token is drawn: the probabilities, how many there are, and which id the second likeliest is."""
-    if not change.both:
+    if not change.both or None in (change.old, change.new):
         return None
     if not change.name.endswith(".probabilities"):
-        return None if None in (change.old, change.new) else Hit(change.old, change.new)
+        return Hit(change.old, change.new)
     return measured(change, "probabilities")
 
 
@@ -336,6 +354,7 @@ LOGITS = {"NUMERIC.logits": logits("NUMERIC.logits"), **{rule: logits(rule) for 
 RULES = {
     "numbers": {
         **LOGITS,
+        "NUMERIC.bf16": bf16,
         "NUMERIC.not_comparable": not_comparable,
         "NUMERIC.loss": loss,
         "NUMERIC.loss_precision": loss_precision,

@@ -18,6 +18,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -186,6 +187,8 @@ class Watcher:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),  # by the pace of the last half minute; -:--:-- until there is one
             )
             self.bar = Progress(*columns, console=console(self.stream), transient=True)
             self.bar.start()

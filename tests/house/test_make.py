@@ -64,7 +64,7 @@ def test_the_first_call_installs_the_pinned_versions_and_the_second_only_runs(cl
     assert "pip" in installed and "-c constraints.txt" in installed
     assert ran.startswith("-m pytest")
     assert make(clone, "test", "ARGS=-k padding").returncode == 0
-    assert calls(clone) == ["-m pytest -k padding"]
+    assert calls(clone) == ["-m pytest -n auto --dist loadfile -k padding"]
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
@@ -105,7 +105,7 @@ def test_a_fork_and_options_reach_compat(clone):
 
 def test_slow_asks_for_the_slow_tests(clone):
     make(clone, "slow")
-    assert calls(clone)[-1].startswith("-m pytest -m slow")
+    assert calls(clone)[-1].startswith("-m pytest -n auto --dist loadfile -m slow")
 
 
 def test_commands_that_compat_lacks_fail_and_those_it_has_are_wired(clone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -206,3 +207,33 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away():
     watcher.answered(result("A"))
     watcher.stop()
     assert "1/2" in stream.getvalue() and watcher.bar is None
+
+
+def test_the_bar_says_what_is_done_what_runs_and_how_long_it_will_take():
+    stream = Terminal()
+    watcher = Watcher(stream)
+    watcher.start(20)
+    watcher.started({"torch": "2.13.0"}, 3.0)
+    watcher.bar.get_time = iter(range(1000)).__next__  # a second a look at the clock
+    for number in range(10):
+        watcher.asking("Generate Method", f"test {number}")
+        watcher.answered(result("Generate Method"))
+    task = watcher.bar.tasks[0]
+    assert (task.completed, task.total, task.description) == (10, 20, "Generate Method")
+    assert task.time_remaining and 5 <= task.time_remaining <= 60
+    watcher.bar.refresh()
+    watcher.stop()
+    assert re.search(r"10/20 .*left 0:00:\d\d", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", stream.getvalue()))
+
+
+@pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
+def test_a_terminal_that_wants_no_colour_gets_none(monkeypatch, variable):
+    monkeypatch.setenv(variable, "dumb" if variable == "TERM" else "1")
+    text = shown(run(*MIXED), Terminal())
+    assert not re.search(r"\x1b\[[\d;]*3[1-6]m", text)
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"])
+def test_no_variable_puts_colour_into_a_pipe(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert "\x1b" not in shown(run(*MIXED))

@@ -78,7 +78,7 @@ class Adapter(Rows):
         self.supply_hub_files(self.config)
         self.fill(self.model)
         self.model.eval()
-        torch.manual_seed(0)
+        probe.seed(0)
 
     @torch.no_grad()
     def fill(self, model):
@@ -371,7 +371,7 @@ class Adapter(Rows):
             choose_greedily = likeliest_draw()
         if eos is not None and "eos_token_id" in taken:
             arguments["eos_token_id"], eos = eos, None
-        torch.manual_seed(seed)
+        probe.seed(seed)
         with self.ending_at(eos), choose_greedily, theirs():
             out = self.model.generate(**arguments)
         return self.new_tokens(out, batch, max_new_tokens)

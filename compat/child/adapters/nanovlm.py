@@ -50,6 +50,15 @@ class Adapter(Base):
             }
             return self.config.replace(**files, max_img_size=files["vit_img_size"])
 
+    def hub_readers(self):
+        """[(role, function of a backbone's config.json, the stand-in's)]."""
+        kinds = ("vision", "vision_encoder"), ("language", "language_model")
+        names = [(role, kind, getattr(self.config, kind)) for role, kind in kinds]
+        return [
+            (role, self.subject.function(kind)(name).hub_fields, hub.backbone(f"compat/{name}", role)[0])
+            for role, kind, name in names
+        ]
+
     @property
     def tokens_per_cell(self):
         return self.config.tokens_per_cell
