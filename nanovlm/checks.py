@@ -19,6 +19,12 @@ READ_BY = {
     "vit_rope_rescale": "dinov3", "lm_re_base_local": "gemma", "lm_sliding_window": "gemma",
     "lm_sliding_window_pattern": "gemma", "lm_query_pre_attn_scalar": "gemma",
 }  # fmt: skip
+# Ways to have fewer image tokens, and the fields that each reads besides pool_at.
+POOLINGS = {
+    "none": (), "pool_avg": ("pool_factor",), "pool_max": ("pool_factor",), "pool_adaptive": ("pool_factor",),
+    "drop_norm": ("keep_ratio",),
+}  # fmt: skip
+POOL_AT = ("vision", "projector")
 # Largest values accepted; each is far above any model this code could run.
 _AT_MOST = {
     "vit_hidden_dim": 16384, "vit_inter_dim": 65536, "vit_patch_size": 256, "vit_img_size": 4096,
@@ -73,6 +79,11 @@ def check_types(cfg: Any) -> None:
                 raise ConfigError(f"{f.name}: expected text that is not empty, got {value!r}")
 
 
+def kept_tokens(count: int, keep_ratio: float) -> int:
+    """How many of ``count`` tokens stay where this share of them is kept: at least one."""
+    return max(1, round(count * keep_ratio))
+
+
 def check_sizes(cfg: Any) -> None:
     for name, most in _AT_MOST.items():
         value = getattr(cfg, name)
@@ -100,6 +111,7 @@ def check_sizes(cfg: Any) -> None:
         value = getattr(cfg, name)
         if value is not None and not least <= value < float("inf"):
             raise ConfigError(f"{name}={value}: expected a number from {least} up, or None")
+    _check_pooling(cfg)
     vision = cfg.vit_n_blocks * (4 * cfg.vit_hidden_dim**2 + 2 * cfg.vit_hidden_dim * cfg.vit_inter_dim)
     heads = 2 * (cfg.lm_n_heads + cfg.lm_n_kv_heads) * cfg.lm_head_dim
     language = cfg.lm_n_blocks * cfg.lm_hidden_dim * (heads + 3 * cfg.lm_inter_dim)
@@ -128,10 +140,21 @@ def check_agreement(cfg: Any) -> None:
             f"{', '.join(fitting)}. Or keep {factor} and set vit_img_size to {' or '.join(sizes)}, "
             f"a multiple of {cfg.token_side}"
         )
-    if cfg.mp_image_token_length != (side // factor) ** 2:
+    cells = side // factor
+    if cfg.pool_window > 1 and cells % cfg.pool_factor:
+        fitting = [str(n) for n in range(2, cells + 1) if cells % n == 0]
+        larger = -(-cfg.vit_img_size // cfg.token_side) * cfg.token_side
+        raise ConfigError(
+            f"pool_factor={cfg.pool_factor} does not divide the {cells}x{cells} image tokens of "
+            f"vit_img_size={cfg.vit_img_size}; these do: {', '.join(fitting) or 'none'}. "
+            f"Or keep {cfg.pool_factor} and set vit_img_size to {larger}, a multiple of {cfg.token_side}"
+        )
+    tokens = cfg.image_tokens(cfg.vit_img_size, cfg.vit_img_size)
+    if cfg.mp_image_token_length != tokens:
+        pooled = "" if cfg.pool == "none" else f" and pool={cfg.pool!r}"
         raise ConfigError(
             f"mp_image_token_length={cfg.mp_image_token_length}, but {side} patches a side with "
-            f"mp_pixel_shuffle_factor={factor} make {(side // factor) ** 2} tokens"
+            f"mp_pixel_shuffle_factor={factor}{pooled} make {tokens} tokens"
         )
     if cfg.lm_vocab_size != cfg.lm_base_vocab_size + cfg.extra_token_amount:
         raise ConfigError(
@@ -142,6 +165,25 @@ def check_agreement(cfg: Any) -> None:
     if cfg.lm_use_tokens:
         raise ConfigError("lm_use_tokens=True makes a language model without pictures; here it must be False")
     _check_encoder(cfg)
+
+
+def _check_pooling(cfg: Any) -> None:
+    for name, choices in (("pool", tuple(POOLINGS)), ("pool_at", POOL_AT)):
+        if getattr(cfg, name) not in choices:
+            raise ConfigError(f"{name}={getattr(cfg, name)!r}: expected {', '.join(choices)}")
+    if not 2 <= cfg.pool_factor <= 64:
+        raise ConfigError(f"pool_factor={cfg.pool_factor}: expected 2 to 64; pool='none' pools nothing")
+    if not 0 < cfg.keep_ratio <= 1:
+        raise ConfigError(f"keep_ratio={cfg.keep_ratio}: expected a share above 0, up to 1, of the image tokens")
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    for name in ("pool_factor", "keep_ratio", "pool_at"):
+        read = POOLINGS[cfg.pool] if name != "pool_at" or cfg.pool == "none" else (name,)
+        if name not in read and getattr(cfg, name) != defaults[name]:
+            readers = [pool for pool in POOLINGS if name in POOLINGS[pool] or (name == "pool_at" and pool != "none")]
+            raise ConfigError(
+                f"{name}={getattr(cfg, name)!r} is read by pool={' or '.join(map(repr, readers))} alone; with "
+                f"pool={cfg.pool!r} leave it at {defaults[name]!r}"
+            )
 
 
 def _check_encoder(cfg: Any) -> None:

@@ -14,7 +14,7 @@ from nanovlm import __version__
 from nanovlm.commands.generate import EXAMPLE
 from nanovlm.errors import NanoVLMError
 
-COMMANDS = ("generate", "convert")  # a module of nanovlm.commands each
+COMMANDS = ("generate", "train", "validate", "convert", "vram", "flops", "evaluate", "slim")  # of nanovlm.commands
 USAGE = 2
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovlm.checks import READ_BY, check_agreement, check_sizes, check_types
+from nanovlm.checks import POOLINGS, READ_BY, check_agreement, check_sizes, check_types, kept_tokens
 from nanovlm.errors import ConfigError
 from nanovlm.registry import WITH_CLS, canonical
 from nanovlm.train_config import TrainConfig as TrainConfig
@@ -54,6 +54,10 @@ _WRITTEN_BY = {
     "image_std": (),
     **dict.fromkeys(READ_BY, ()),
     "lm_head_dim": (),
+    "pool": (),
+    "pool_factor": (),
+    "keep_ratio": (),
+    "pool_at": (),
 }
 # Without these a config.json says too little: any default would be a guess about the weights.
 _DECISIVE = (
@@ -63,7 +67,9 @@ _DECISIVE = (
 )  # fmt: skip
 # Fields computed from others: (field, what it follows).
 _FOLLOWS = {
-    "mp_image_token_length": ("vit_img_size", "vit_patch_size", "mp_pixel_shuffle_factor"),
+    "mp_image_token_length": (
+        "vit_img_size", "vit_patch_size", "mp_pixel_shuffle_factor", "pool", "pool_factor", "keep_ratio",
+    ),
     "lm_vocab_size": ("lm_base_vocab_size", "extra_token_amount"),
     "lm_head_dim": ("lm_hidden_dim", "lm_n_heads"),
     "vit_cls_flag": ("vision_encoder",),
@@ -140,6 +146,12 @@ class VLMConfig:
     lm_sliding_window_pattern: int = 6
     lm_query_pre_attn_scalar: int = 256
 
+    # Fewer image tokens: squares of pool_factor x pool_factor become one, or keep_ratio of the tokens stays
+    pool: str = "none"
+    pool_factor: int = 2
+    keep_ratio: float = 0.5
+    pool_at: str = "vision"  # in front of the projector, or behind it
+
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("vision_encoder", "language_model", "vit_model_type"):
@@ -168,9 +180,23 @@ class VLMConfig:
         return not split and self.max_img_size > self.vit_img_size
 
     @property
+    def pool_window(self) -> int:
+        """Image tokens along one side of the square that pooling makes one; 1 where it makes none."""
+        return self.pool_factor if "pool_factor" in POOLINGS[self.pool] else 1
+
+    @property
     def token_side(self) -> int:
-        """Pixels along one side of the square that becomes one image token."""
-        return self.vit_patch_size * self.mp_pixel_shuffle_factor
+        """Pixels along one side of the square that becomes one image token, if it is not dropped."""
+        return self.vit_patch_size * self.mp_pixel_shuffle_factor * self.pool_window
+
+    @property
+    def token_share(self) -> float:
+        """Share of the image tokens that stays where some are dropped; else 1."""
+        return self.keep_ratio if self.pool == "drop_norm" else 1.0
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Image tokens of a tile or a picture of this many pixels."""
+        return kept_tokens(height // self.token_side * (width // self.token_side), self.token_share)
 
     @property
     def tokens_per_cell(self) -> int:
@@ -197,6 +223,45 @@ class VLMConfig:
             if name not in changes and followed and any(source in changes for source in sources):
                 del values[name]
         return VLMConfig(**_completed(values))
+
+    def slimmed(
+        self,
+        resolution: int | None = None,
+        pool: str | None = None,
+        pool_factor: int | None = None,
+        keep_ratio: float | None = None,
+        pool_at: str | None = None,
+    ) -> VLMConfig:
+        """A copy for tiles of ``resolution`` pixels and with fewer image tokens; None leaves a thing as it is.
+
+        A picture keeps its number of tiles: max_img_size shrinks in proportion, and so does a dynamic one.
+        Raises ConfigError for a size or factor that does not fit, and for a model that is pooled otherwise.
+        """
+        wanted = {"pool": pool, "pool_factor": pool_factor, "keep_ratio": keep_ratio, "pool_at": pool_at}
+        changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+        for name, value in changes.items():
+            if self.pool != "none" and value != getattr(self, name):
+                raise ConfigError(
+                    f"{name}={value!r} is asked of a model with pool={self.pool!r}, "
+                    f"{name}={getattr(self, name)!r}; it works as it was pooled alone: leave the option out, "
+                    "or start from a model that is not pooled"
+                )
+        if resolution is not None and resolution != self.vit_img_size:
+            side = self.vit_patch_size * self.mp_pixel_shuffle_factor
+            if POOLINGS.get(changes.get("pool", self.pool)) == ("pool_factor",):
+                side *= changes.get("pool_factor", self.pool_factor)
+            if resolution < side or resolution % side:
+                below, above = (resolution // side * side, (resolution // side + 1) * side)
+                sizes = [str(size) for size in (below, above) if size]
+                raise ConfigError(
+                    f"resolution={resolution} is no multiple of {side}, the side of the square of pixels that "
+                    f"becomes one image token; near it are {' and '.join(sizes)}"
+                )
+            changes["vit_img_size"] = resolution
+            changes["max_img_size"] = -(-self.max_img_size * resolution // self.vit_img_size)
+            if self.vision_encoder == "dinov2" and self.vit_position_grid is None:
+                changes["vit_position_grid"] = self.vit_grid  # its table is interpolated to each picture
+        return self.replace(**changes)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> VLMConfig:
@@ -280,8 +345,14 @@ def _completed(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             values["lm_vocab_size"] = numbers["lm_base_vocab_size"] + extra
         values.setdefault("max_img_size", numbers["vit_img_size"])
-        square = max(1, numbers["vit_patch_size"] * numbers["mp_pixel_shuffle_factor"])
-        values.setdefault("mp_image_token_length", (numbers["vit_img_size"] // square) ** 2)
+        square, share = numbers["vit_patch_size"] * numbers["mp_pixel_shuffle_factor"], 1.0
+        pool, ratio = str(values.get("pool", "none")), values.get("keep_ratio", VLMConfig.keep_ratio)
+        if "pool_factor" in POOLINGS.get(pool, ()):
+            square *= numbers.get("pool_factor", VLMConfig.pool_factor)
+        elif pool == "drop_norm" and isinstance(ratio, int | float) and 0 < ratio <= 1:
+            share = ratio
+        cells = (numbers["vit_img_size"] // max(1, square)) ** 2
+        values.setdefault("mp_image_token_length", kept_tokens(cells, share))
         if not values.get("lm_head_dim"):
             values["lm_head_dim"] = numbers["lm_hidden_dim"] // max(1, numbers["lm_n_heads"])
     except KeyError as error:

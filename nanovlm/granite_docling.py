@@ -128,6 +128,8 @@ class Idefics3:
                 f"{' and '.join(parts)} with {len(cfg.vlm_extra_tokens)} extra tokens are no Idefics3, which "
                 "is siglip and smollm with the extra token fake_image_token"
             )
+        if cfg.pool != "none":
+            raise ConfigError(f"pool={cfg.pool!r}: transformers' Idefics3 has pool='none' alone; use save_pretrained")
         return {
             "architectures": ["Idefics3ForConditionalGeneration"], "model_type": "idefics3",
             "image_token_id": cfg.image_token_id, "scale_factor": cfg.mp_pixel_shuffle_factor,

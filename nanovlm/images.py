@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nanovlm import registry
+from nanovlm.checks import kept_tokens
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
 
@@ -62,7 +63,7 @@ def _cutter(cfg: VLMConfig) -> Processor:
     if other is not None:
         return other.of(cfg)
     if cfg.dynamic:
-        return Dynamic(cfg.token_side, cfg.max_img_size, cfg.resize_to_max_side_len)
+        return Dynamic(cfg.token_side, cfg.max_img_size, cfg.resize_to_max_side_len, cfg.token_share)
     if cfg.generation != "main":
         return Square(cfg.vit_img_size)
     global_view = "global_image_token" in cfg.vlm_extra_tokens
@@ -106,22 +107,27 @@ class Dynamic:
     """The whole picture in its own shape; the grid counts squares of ``side`` pixels, an image token each.
 
     The long side becomes the multiple of ``side`` nearest to its length, within ``max_side``; the short one
-    the multiple that keeps the aspect best.
+    the multiple that keeps the aspect best. Where only a share of the tokens is kept, the grid is one row of them.
     """
 
     side: int
     max_side: int
     always_to_max: bool = False
+    share: float = 1.0
 
     def __call__(self, picture: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         picture = to_rgb(picture)
         size = self.resized_size(*picture.size)
         pixels = to_tensor(picture.resize(size, Image.Resampling.BICUBIC))
-        return pixels[None], (size[1] // self.side, size[0] // self.side)
+        return pixels[None], self.cells(*size)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        width, height = self.resized_size(width, height)
-        return height // self.side, width // self.side
+        return self.cells(*self.resized_size(width, height))
+
+    def cells(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of image tokens of a picture that is resized."""
+        rows, columns = height // self.side, width // self.side
+        return (rows, columns) if self.share == 1 else (1, kept_tokens(rows * columns, self.share))
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing, multiples of the side, each at least one."""

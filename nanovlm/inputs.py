@@ -179,4 +179,4 @@ def _features(cfg: VLMConfig, pixels: Tensor) -> int:
         raise ImageError(f"images: expected floating point in [0, 1], got {pixels.dtype}; divide by 255")
     if not bool(torch.isfinite(pixels).all()):
         raise ImageError(f"images: {int((~torch.isfinite(pixels)).sum())} pixels are NaN or infinite")
-    return (height // unit) * (width // unit)
+    return cfg.image_tokens(height, width)

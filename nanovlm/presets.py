@@ -146,6 +146,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         **SIGLIP_TINY, **GEMMA_TINY, "mp_pixel_shuffle_factor": 2, "max_img_size": 128,
         "resize_to_max_side_len": True, "vlm_extra_tokens": MAIN_TOKENS,
     },
+    # 64 image tokens from one tile, as the default has: a grid of resolutions and poolings (docs/slimming.md) fits
+    "tiny_slim": {
+        **SIGLIP_TINY, **SMOLLM_TINY, "vit_patch_size": 8, "vit_img_size": 128, "mp_pixel_shuffle_factor": 2,
+        "max_img_size": 128, "resize_to_max_side_len": True, "vlm_extra_tokens": MAIN_TOKENS,
+    },
     "tiny_dinov2_smollm": {**DINOV2_TINY, **SMOLLM_TINY},
     "tiny_dinov3_smollm": {**DINOV3_TINY, **SMOLLM_TINY},
     "tiny_dinov3_gemma": {**DINOV3_TINY, **GEMMA_TINY},
@@ -155,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # How a twin is trained from random weights within minutes; TrainConfig's own defaults are for pretrained backbones.
 TINY_RECIPE: dict[str, Any] = {
     "batch_size": 32, "gradient_accumulation_steps": 1, "lr_mp": 0.002, "lr_backbones": 0.002,
-    "adam_beta2": 0.95, "warmup_ratio": 0.08, "min_lr_ratio": 0.02, "max_training_steps": 1300, "pack": False,
+    "adam_beta2": 0.95, "warmup_ratio": 0.08, "min_lr_ratio": 0.02, "max_training_steps": 1200, "pack": False,
     "validation_batches": 8, "num_workers": 1,
     "max_threads": 1,  # waking a second one costs more than its half of the work
 }  # fmt: skip
@@ -164,7 +169,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     name: TINY_RECIPE
     for name in (
         "tiny", "tiny_granite_docling", "tiny_siglip2_gemma", "tiny_dinov2_smollm", "tiny_dinov3_smollm",
-        "tiny_dinov3_gemma", "tiny_original_small",
+        "tiny_dinov3_gemma", "tiny_original_small", "tiny_slim",
     )
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """From vision width to language width: pixel shuffle, then one linear layer without bias.
 
 Unusual: "pixel shuffle" here goes from space to depth: each square of f x f neighbouring patches becomes
-one token f*f times as wide, so nothing is averaged away. Source: Idefics3, https://arxiv.org/abs/2408.12637.
+one token f*f times as wide, so nothing is averaged away. Where the config asks for fewer image tokens, they are
+pooled or dropped here (pooling.py), in front of the linear layer or behind it. Source: Idefics3, https://arxiv.org/abs/2408.12637.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
 from nanovlm.layers import draw_weights
+from nanovlm.pooling import TokenPooling, pooling
 
 
 def pixel_shuffle(x: Tensor, factor: int, grid: tuple[int, int] | None = None) -> Tensor:
@@ -27,13 +29,24 @@ def pixel_shuffle(x: Tensor, factor: int, grid: tuple[int, int] | None = None) -
 
 
 class ModalityProjector(nn.Module):
-    """(N, P, Dv) -> (N, K, D), K = P / factor**2."""
+    """(N, P, Dv) -> (N, K, D), K = P / factor**2, or fewer where tokens are pooled or dropped."""
 
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.factor = cfg.mp_pixel_shuffle_factor
         self.proj = nn.Linear(cfg.vit_hidden_dim * self.factor**2, cfg.lm_hidden_dim, bias=False)
         self.apply(draw_weights)
+        self.pool, self.pool_first = pooling(cfg), cfg.pool_at == "vision"
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return self.proj(pixel_shuffle(x, self.factor, grid))
+        if self.pool is None:
+            return self.proj(pixel_shuffle(x, self.factor, grid))
+        pool, factor = self.pool, self.factor
+        rows, columns = grid or (int(x.shape[1] ** 0.5), int(x.shape[1] ** 0.5))
+        if not isinstance(pool, TokenPooling):
+            x = pixel_shuffle(x, factor, (rows, columns))
+            return self.proj(pool(x)) if self.pool_first else pool(self.proj(x))
+        if self.pool_first:
+            window = pool.factor
+            return self.proj(pixel_shuffle(pool(x, (rows, columns)), factor, (rows // window, columns // window)))
+        return pool(self.proj(pixel_shuffle(x, factor, (rows, columns))), (rows // factor, columns // factor))

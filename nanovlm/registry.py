@@ -5,7 +5,8 @@ What a backbone's class offers:
 - ``Class(cfg)``: a module with upstream nanoVLM's parameter names.
 - ``RULES, PREFIXES, IGNORED``: how its weights are called on the Hub (see weights.py).
 - ``hub_fields(config)``: the VLMConfig fields that the Hub's config.json decides.
-- a vision encoder: ``forward(pixel_values (N, 3, H, W)) -> (N, P, D)``, patches only, in reading order.
+- a vision encoder: ``forward(pixel_values (N, 3, H, W)) -> (N, P, D)``, patches only, in reading order; and, where
+  weights depend on the size of tiles, ``resize_positions(grid)``, patches a side.
 - a language model: ``embed(ids)``, ``forward(embeds, position_ids, mask, cache) -> hidden``, ``head``,
   ``new_cache(batch, length)``.
 

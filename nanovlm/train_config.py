@@ -99,9 +99,11 @@ class TrainConfig:
                 raise ConfigError(f"{f.name}={value}: expected a positive count")
         if self.val_ratio >= 1:
             raise ConfigError(f"val_ratio={self.val_ratio} leaves nothing to train on; use less than 1")
-        for name in ("warmup_ratio", "min_lr_ratio", "adam_beta2"):
+        for name in ("warmup_ratio", "min_lr_ratio"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
+        if self.adam_beta2 >= 1:
+            raise ConfigError(f"adam_beta2={self.adam_beta2}: expected less than 1")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {', '.join(choices)}")

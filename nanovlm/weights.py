@@ -200,7 +200,8 @@ def _misfit(rule: Rule, parts: list[Tensor], ours: Tensor) -> str:
     """Why a file's tensors do not become ``ours``, or nothing. parts: on the meta device."""
     shapes = " + ".join(str(tuple(part.shape)) for part in parts)
     try:
-        shape: tuple[int, ...] | None = rule.join.load(parts, ours.to("meta")).shape
+        # not on meta: joining there imports torch's compiler, two seconds of a start
+        shape: tuple[int, ...] | None = rule.join.load([_weightless(part) for part in parts], _weightless(ours)).shape
     except WeightsError as error:
         return str(error)
     except RuntimeError:  # torch's: shapes that cannot be joined, whatever they are to become
@@ -209,6 +210,11 @@ def _misfit(rule: Rule, parts: list[Tensor], ours: Tensor) -> str:
         return f"{shapes} in the file, {tuple(ours.shape)} here"
     strange = [part.dtype for part in parts if part.is_floating_point() != ours.is_floating_point()]
     return f"{strange[0]} in the file, {ours.dtype} here" if strange else ""
+
+
+def _weightless(tensor: Tensor) -> Tensor:
+    """Zeros of a tensor's shape and dtype that take one element's memory."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _expanded(rule: Rule, targets: Iterable[str]) -> Iterable[tuple[str, tuple[str, ...]]]:

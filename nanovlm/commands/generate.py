@@ -10,7 +10,7 @@ import sys
 import unicodedata
 from typing import TYPE_CHECKING
 
-from nanovlm.commands import add_model_flags, config_of, device_of
+from nanovlm.commands import add_model_flags, config_of, device_of, slimming
 from nanovlm.errors import ConfigError, SourceNotFound
 from nanovlm.presets import PRESETS
 
@@ -117,7 +117,9 @@ def _model(options: argparse.Namespace, cfg) -> VisionLanguageModel:
     from nanovlm.vlm import VisionLanguageModel
 
     if cfg is None:
-        return VisionLanguageModel.from_pretrained(options.checkpoint or options.hf_model)
+        from nanovlm.slimming import slim
+
+        return slim(VisionLanguageModel.from_pretrained(options.checkpoint or options.hf_model), **slimming(options))
     print(
         f"nanovlm: {options.use_preset or 'this mix'} has random weights: its answers mean nothing",
         file=sys.stderr,

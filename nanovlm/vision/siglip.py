@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
@@ -24,7 +25,11 @@ from nanovlm.weights import CONCAT, Join, Rule
 
 def _resized_positions(parts: list[Tensor], ours: Tensor) -> Tensor:
     """A table (P, D) of the file -> (1, P', D), interpolated over its square where the sizes differ."""
-    table, (_, wanted, _) = parts[0], ours.shape
+    return _interpolated(parts[0], ours.shape[1])
+
+
+def _interpolated(table: Tensor, wanted: int) -> Tensor:
+    """A table (P, D) of a square of patches -> (1, wanted, D) of another square."""
     side, target = int(table.shape[0] ** 0.5), int(wanted**0.5)
     if side == target:
         return table[None]
@@ -146,6 +151,13 @@ class Siglip(Stack):
         for block in self.blocks:
             x = self.through(block, x)
         return self.layer_norm(x)
+
+    @torch.no_grad()
+    def resize_positions(self, grid: int) -> None:
+        """Interpolate the position table to ``grid`` patches a side, as loading does for another vit_img_size."""
+        table = self.patch_embedding.position_embedding
+        resized = _interpolated(table[0], grid * grid)
+        self.patch_embedding.position_embedding = nn.Parameter(resized, requires_grad=table.requires_grad)
 
     @staticmethod
     def hub_fields(config: Mapping[str, Any]) -> dict[str, Any]:
