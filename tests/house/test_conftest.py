@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import NetworkBlocked, draw
+from conftest import THREADS, NetworkBlocked, draw
 from tests.house.tree import ROOT
 
 ELSEWHERE = "192.0.2.1"  # TEST-NET-1, RFC 5737: nobody's address
@@ -65,7 +65,7 @@ DRAWN: list[tuple] = []
 def test_every_test_draws_the_same_numbers(torch, turn):
     DRAWN.append((random.random(), torch.rand(()).item(), torch.get_num_threads()))
     assert DRAWN[0] == DRAWN[-1]
-    assert DRAWN[0][2] == 2
+    assert DRAWN[0][2] == THREADS
 
 
 def test_pictures_are_the_same_for_the_same_arguments_and_differ_by_seed(picture):
