@@ -237,6 +237,7 @@ class Asker:
             "two_images": {"rows": two},
             "small_embeddings": {"rows": one, "change": "small_embeddings"},
             "train_mode": {"rows": one, "change": "train_mode"},
+            "larger": {"rows": one, "change": "larger"},
         }
         for case, parameters in cases.items():
             self.number(case, self.ask("lock_numbers", **parameters))
@@ -262,6 +263,7 @@ class Asker:
         self.section("greedy.stopped", "lock_stopped", rows=self.batch(), max_new_tokens=NEW_TOKENS)
         for case, options in SAMPLING.items():
             self.section(f"sampling.{case}", "lock_sampling", rows=one, options=options)
+        self.section("sampling.bf16", "lock_sampling", rows=one, options={}, bf16=True)
         for field in DROPOUT:
             self.section(f"dropout.{field}", "lock_dropout", rows=one, field=field)
         self.section("activation", "lock_activations", rows=one)

@@ -19,6 +19,7 @@ from .protocol import NotSupported
 from .stubs import NotInstalled
 
 CHANGES, NOTHING, REFUSED, NOT_TRIED = "changes", "nothing", "refused", "not tried"
+RAISES = "raises "
 PROCESSOR_FIELDS = ("max_img_size", "resize_to_max_side_len", "vit_img_size")
 ABSENT = "compat/absent"  # a repository that the stand-in Hub does not have
 PICTURES = ((170, 90), (20, 20))  # larger and smaller than what a tiny model makes of them
@@ -98,7 +99,7 @@ class Seen:
 
 
 def effects(subject, adapter, rows, long_row):
-    """{field: "changes", "nothing", "refused" or "not tried"} for every field of the config."""
+    """{field: "changes", "raises TYPE" where it only does that, "nothing", "refused" or "not tried"} of every field."""
     values = config_values(adapter.config)
     first, second = (Seen(adapter, values, rows, long_row) for _ in range(2))
     looks = [what for what in LOOKS if first.look(what) == second.look(what)]
@@ -127,10 +128,14 @@ def effect(adapter, name, values, first, looks):
             seen = Seen(adapter, {**values, name: value}, first.rows, first.long_row)
         except Refused:
             continue
-        word = NOTHING
+        word = NOTHING if word in (REFUSED, NOTHING) else word
         whole = isinstance(value, int) and not isinstance(value, bool)  # only a count can bound a row's length
-        if any(seen.look(what) != first.look(what) for what in looks if whole or what != "long row"):
-            return CHANGES
+        for what in looks if whole else [look for look in looks if look != "long row"]:
+            now = seen.look(what)
+            if now != first.look(what):
+                if not now.startswith(RAISES):
+                    return CHANGES
+                word = now  # unless another value, or another look, shows more than a failure
     return word
 
 
@@ -199,7 +204,7 @@ def outcome(function):
     except (NotSupported, NotInstalled):
         return "unsupported"
     except Exception as error:  # of any type: another error is a change that can be seen
-        return f"raises {type(error).__name__}"
+        return RAISES + type(error).__name__
 
 
 def state_digest(model):

@@ -228,7 +228,7 @@ class LockQuestions(VariantQuestions):
     # -- numbers ------------------------------------------------------------------------------------------
 
     def ask_lock_numbers(self, adapter, rows, padding="none", change=None):
-        """Logits and loss of one batch; change: None, "bf16", "small_embeddings" or "train_mode"."""
+        """Logits and loss of one batch; change: None, "bf16", "larger", "small_embeddings" or "train_mode"."""
         import torch
 
         from . import probe
@@ -237,6 +237,8 @@ class LockQuestions(VariantQuestions):
         if change == "bf16":
             full = flat_logits(adapter, adapter.batch(rows, padding))
             adapter = in_bf16(adapter)
+        elif change == "larger":
+            adapter = larger(adapter)
         elif change == "small_embeddings":
             shrink_embeddings(adapter.model)
         batch = adapter.batch(rows, padding)
@@ -364,6 +366,30 @@ def in_bf16(adapter):
     other = copy.copy(adapter)
     with theirs():
         other.model = adapter.build_model(adapter.config).to(adapter.device, torch.bfloat16).eval()
+    other.fill(other.model)
+    return other
+
+
+def larger(adapter):
+    """A copy of the adapter around a second model: pictures twice the size, as many image tokens, each of more patches.
+
+    A tiny model's squares are so small that their rows, their columns and the shuffle's factor are one number.
+    """
+    from .adapters.configs import config_values, make_config
+
+    if adapter.combo["scale"] != "tiny":
+        raise NotSupported("a second, larger model is built at tiny scale only")
+    other, values = copy.copy(adapter), config_values(adapter.config)
+    names = ("vit_img_size", "max_img_size", "mp_pixel_shuffle_factor")
+    if not all(values.get(name) for name in (names[0], names[2])):
+        raise NotSupported("the config has no vit_img_size, or no mp_pixel_shuffle_factor")
+    twice = {name: 2 * values[name] for name in names if values.get(name)}
+    try:
+        other.config = make_config(type(adapter.config), {**values, **twice})
+    except Exception as error:  # of any type: the target's way to say no
+        raise NotSupported(f"the config takes no picture of twice the size: {error}") from None
+    with theirs():
+        other.model = adapter.build_model(other.config).to(adapter.device).eval()
     other.fill(other.model)
     return other
 

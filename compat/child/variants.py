@@ -26,7 +26,7 @@ SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
 class VariantQuestions:
     """More ``ask_lock_*``. Every answer is {"facts": {path: value}}."""
 
-    def ask_lock_sampling(self, adapter, rows, options):
+    def ask_lock_sampling(self, adapter, rows, options, bf16=False):
         """What the first two new tokens are drawn from: how many ids, the likeliest probabilities, the second id.
 
         The second likeliest is what is drawn; where it is not told apart, nothing is said of the next draw.
@@ -34,18 +34,28 @@ class VariantQuestions:
         taken = inspect.signature(self.subject.model_class.generate).parameters
         if missing := [name for name in options if name not in taken]:
             raise NotSupported(f"generate takes no {', '.join(missing)}")
-        draws = []
+        draws, kinds = [], []
+        if bf16:
+            from .lock import in_bf16
 
-        def second(probabilities, *args, **kwargs):
+            adapter = in_bf16(adapter)
+        batch = adapter.batch(rows)
+        if bf16:
+            batch.pictures = [[picture.bfloat16() for picture in row] for row in batch.pictures]
+
+        def second(probabilities, num_samples, *args, **kwargs):
+            kinds.append(str(probabilities.dtype).replace("torch.", ""))
             draws.append(probabilities.detach().double().reshape(-1, probabilities.shape[-1])[0])
             places = probabilities.topk(min(2, probabilities.shape[-1]), dim=-1).indices
-            return places[..., -1:]
+            return places[..., -1:].expand(*places.shape[:-1], num_samples)
 
         call = functools.partial(adapter.model.generate, **options)
         with replaced(adapter.model.__dict__, "generate", call), replaced_draw(second):
-            ids = adapter.generate(adapter.batch(rows), 2, greedy=False)
+            ids = adapter.generate(batch, 2, greedy=False)
         if not draws:
             raise NotSupported("generate draws by other means than torch.multinomial")
+        if bf16:  # rounded anew by every refactor; in which precision a draw is made stays
+            return {"facts": {"dtype": kinds[0]}}
         tops = [[float(p) for p in draw.sort(descending=True).values[: SHOWN + 1]] for draw in draws[:2]]
         known = tops[0]
         apart = len(known) > 2 and known[0] - known[1] > DECISIVE * known[0] < known[1] - known[2]
@@ -54,7 +64,7 @@ class VariantQuestions:
         return {"facts": {**facts, "second": ids[0][0] if apart else None, "then.probabilities": then}}
 
     def ask_lock_stopped(self, adapter, rows, max_new_tokens):
-        """Greedy ids that two ids in a row stop, and what a streamer was given of them."""
+        """Greedy ids that two ids in a row stop, later or at once, and what a streamer was given of them."""
         taken = inspect.signature(self.subject.model_class.generate).parameters
         if missing := [name for name in ("stop", "streamer") if name not in taken]:
             raise NotSupported(f"generate takes no {', '.join(missing)}")
@@ -63,7 +73,8 @@ class VariantQuestions:
         if pair is None:
             raise NotSupported(f"greedy decoding repeats one token for {max_new_tokens}: no end would show")
         streamed = Streamed()
-        call = functools.partial(adapter.model.generate, stop=pair, streamer=streamed)
+        stop = [pair, plain[-1][:2]]  # the last row ends with its second token
+        call = functools.partial(adapter.model.generate, stop=stop, streamer=streamed)
         with replaced(adapter.model.__dict__, "generate", call):
             ids = adapter.generate(adapter.batch(rows), max_new_tokens)
         given = [list(row) + [-1] * streamed.ends for row in zip(*streamed.ids)]
@@ -71,22 +82,26 @@ class VariantQuestions:
         return {"facts": {n: {"ids": r, "decided": decided(adapter, rows, plain, r)} for n, r in facts.items()}}
 
     def ask_lock_hub_fields(self, adapter):
-        """{key of the backbones' config.json: the config's fields that its absence changes, or what is raised}."""
+        """{key of the backbones' config.json: the config's fields that its absence changes, or what is raised}.
+
+        Key "everything": all fields, of a config.json that says nothing.
+        """
         if not hasattr(adapter, "hub_readers"):
             raise NotSupported("what config.json on the Hub decides is read in no one place")
         found = {}
         for role, read, given in adapter.hub_readers():
             with theirs():
                 whole = read(given)
-            for key in given:
+            cases = {key: {name: value for name, value in given.items() if name != key} for key in given}
+            for key, rest in {**cases, "everything": {}}.items():
+                known = {} if key == "everything" else whole
                 try:
-                    fields = read({name: value for name, value in given.items() if name != key})
+                    fields = read(rest)
                 except Exception as error:  # of any type: the target's way to say that it cannot do without
                     found[f"{role}.{key}"] = type(error).__name__
                     continue
-                changed = {name: jsonable(value) for name, value in fields.items() if value != whole.get(name)}
-                if changed:
-                    found[f"{role}.{key}"] = changed
+                changed = {n: jsonable(value) for n, value in fields.items() if n not in known or value != known[n]}
+                found[f"{role}.{key}"] = changed
         return {"facts": found}
 
     def ask_lock_ending(self, adapter, rows, max_new_tokens):

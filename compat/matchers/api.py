@@ -61,7 +61,8 @@ def _effects(change: Change) -> tuple[Any, Any]:
 
 
 def field_stopped_acting(change: Change) -> Hit | None:
-    return Hit(*_effects(change)) if _effects(change) == ("changes", "nothing") else None
+    acted = change.old == "changes" or _raises(change.old)
+    return Hit(*_effects(change)) if acted and change.new == "nothing" else None
 
 
 def field_acts(change: Change) -> Hit | None:
@@ -72,6 +73,15 @@ def field_unread(change: Change) -> Hit | None:
     """A field that is new in B and that nothing reads."""
     new_field = f"config.field.{change.name}" not in change.pair.a
     return Hit(*_effects(change)) if change.added and new_field and change.new == "nothing" else None
+
+
+def value_fails(change: Change) -> Hit | None:
+    """A value that no longer works, and is not refused when the config is made either."""
+    return Hit(*_effects(change)) if change.both and _raises(change.new) and not _raises(change.old) else None
+
+
+def _raises(word: Any) -> bool:
+    return isinstance(word, str) and word.startswith("raises ")
 
 
 def value_refused(change: Change) -> Hit | None:
@@ -86,6 +96,8 @@ def effect_follows(change: Change) -> str | None:
     """What could not be tried on one side says nothing; the field's own fact tells that it came or went."""
     if "not tried" in _effects(change) or change.removed:
         return ""
+    if _raises(change.old) and change.new != "nothing":
+        return ""  # what failed now works, or fails earlier or otherwise
     return "" if change.added and not field_unread(change) else None
 
 
@@ -348,6 +360,7 @@ RULES = {
         "API.field_stopped_acting": field_stopped_acting,
         "API.field_acts": field_acts,
         "API.field_unread": field_unread,
+        "API.value_fails": value_fails,
         "LOAD.value_refused": value_refused,
         "LOAD.value_accepted": value_accepted,
     },

@@ -22,4 +22,4 @@ class Judge(Bench):
         super().__init__(resolve(str(ROOT)), CODE, limit_s=LIMIT_S)
 
     def ask(self, case: Case) -> Future[Comparison]:
-        return self.pool.submit(self.compared, case.files(), load()[case.combo], LIMIT_S)
+        return self.pool.submit(lambda: self.compared(case.files(), load()[case.combo], LIMIT_S))

@@ -100,6 +100,7 @@ PAIRS = {
     "API.derived_value": at("config.derived.head_dim", 64, 32),
     "API.field_stopped_acting": at("config.effect.depth", "changes", "nothing"),
     "API.field_acts": at("config.effect.depth", "nothing", "changes"),
+    "API.value_fails": at("config.effect.depth", "changes", "raises TypeError"),
     "API.field_unread": at("config.effect.depth", None, "nothing", config__effect__width="changes"),
     "API.script_removed": at("script.generate.py.--device", FLAG, None, **{"script__train__py__--lr": FLAG}),
     "API.flag_removed": ({**STAYS, "script.train.py.--lr": FLAG}, STAYS),

@@ -196,13 +196,28 @@ def test_an_epsilon_shows_in_small_embeddings_more_than_elsewhere(tmp_path, fork
 def test_a_field_has_an_effect_exactly_if_something_changes_with_it(ours, fork, tmp_path_factory):
     effects = {path.rpartition(".")[2]: value for path, value in under(ours, "config.effect").items()}
     for name in ("vit_hidden_dim", "lm_rms_eps", "lm_re_base", "vit_dropout", "lm_tie_weights", "lm_chat_template",
-                 "vlm_extra_tokens", "max_img_size", "resize_to_max_side_len", "lm_max_position_embeddings",
+                 "vlm_extra_tokens", "max_img_size", "resize_to_max_side_len",
                  "vit_model_type", "lm_model_type"):  # fmt: skip
         assert effects[name] == "changes", name
+    assert effects["lm_max_position_embeddings"] == "raises PromptTooLong"
     assert effects["vlm_checkpoint_path"] == effects["hf_repo_name"] == "nothing"
     assert effects["vision_encoder"] == effects["lm_vocab_size"] == "refused"
     assert effects["image_mean"] == "not tried"
     assert fork["facts"]["config.effect.lm_max_position_embeddings"] == "nothing", "the tree's towers never read it"
+
+
+def test_a_stopped_text_and_what_its_streamer_was_given_are_facts(ours):
+    stopped, streamed = (ours["facts"][f"greedy.stopped{name}"]["ids"] for name in ("", ".streamed"))
+    assert streamed == [[*row, -1] for row in stopped], "every id, and the end once"
+    plain = ours["facts"]["greedy.left_padded"]["ids"]
+    first = next(place for place, token in enumerate(stopped[0]) if token != plain[0][place])
+    assert first > 2 and len(set(stopped[0][first:])) == 1, "a text that ended repeats its end"
+
+
+def test_what_a_config_on_the_hub_leaves_out_is_a_fact(ours):
+    without = under(ours, "config.derived.without")
+    assert without["config.derived.without.language.tie_word_embeddings"] == {"lm_tie_weights": False}
+    assert without["config.derived.without.language.num_hidden_layers"] == {"lm_n_blocks": 32}
 
 
 def test_a_draw_is_described_by_what_it_is_made_from(ours):

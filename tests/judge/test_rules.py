@@ -99,6 +99,8 @@ NOTHING = {
     ),
     "logits that round another way": at("numbers.fp32.logits", SKETCH, [x * (1 + 1e-7) for x in SKETCH]),
     "bf16 logits one step away": at("numbers.bf16.logits", SKETCH, [x * 1.004 for x in SKETCH]),
+    "bf16 that rounds the other way, as much": at("numbers.bf16.off_fp32", 0.0145, 0.0152),
+    "bf16 that rounds less": at("numbers.bf16.off_fp32", 0.0145, 0.005),
     "a token chosen where two were close": at(
         "greedy.image", {"ids": [[1, 2, 3]], "decided": [[0]]}, {"ids": [[1, 4, 5]], "decided": [[0, 2]]}
     ),
@@ -113,6 +115,11 @@ NOTHING = {
         CALL | {"signature.forward.kw": argument(None, "var_keyword")},
     ),
 }
+
+
+def test_bf16_that_rounds_more_is_told_though_its_logits_pass_for_the_same():
+    found = judged(*at("numbers.bf16_longest.off_fp32", 0.0145, 0.0165, numbers__bf16_longest__logits=SKETCH))
+    assert [(f.rule, f.path) for f in found.findings] == [("NUMERIC.bf16", "numbers.bf16_longest.off_fp32")]
 
 
 @pytest.mark.parametrize("facts", NOTHING.values(), ids=NOTHING)
