@@ -100,18 +100,21 @@ class Bench:
         self.mine, self.guard = threading.local(), threading.Lock()
         self.opened: list[Forks | Copy] = [self.copy]
         self.bases: dict[str, tuple[dict, list[str], float]] = {}
-        self.preload: list[str] = []
+        self.preload: list[str] = []  # known from the first lock on
+        self.unchanged = Forks(self.copy.target, **options)
 
     def base(self, combo: Combo) -> tuple[dict, list[str], float]:
         """(lock, files of the target that were imported, seconds) of the unchanged code. Raises as Forks.lock."""
         with self.guard:
             if combo.name not in self.bases:
-                with Forks(self.copy.target, self.preload, **self.options) as forks:
-                    with forks.of(self.copy.target, self.limit_s):
-                        began = time.monotonic()
-                        made, loaded = lock.make(forks, combo), forks.loaded()
-                        self.bases[combo.name] = made, loaded["mine"], time.monotonic() - began
-                self.preload = self.preload or loaded["others"]
+                with self.unchanged.of(self.copy.target, self.limit_s) as forks:
+                    began = time.monotonic()
+                    made, loaded = lock.make(forks, combo), forks.loaded()
+                    self.bases[combo.name] = made, loaded["mine"], time.monotonic() - began
+                if not self.preload:
+                    self.unchanged.close()
+                    self.preload = loaded["others"]
+                    self.unchanged = Forks(self.copy.target, self.preload, **self.options)
             return self.bases[combo.name]
 
     def files(self, combo: Combo) -> list[str]:
@@ -139,7 +142,7 @@ class Bench:
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-        for each in self.opened:
+        for each in (self.unchanged, *self.opened):
             each.close()
 
     def __enter__(self) -> Bench:

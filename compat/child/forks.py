@@ -7,6 +7,7 @@ nothing is passed on, and a copy that dies takes its original with it, as any pr
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -22,6 +23,7 @@ def answered_elsewhere(request):
         os._exit(0)
     if request["question"] != "fork":
         return False
+    gc.freeze()  # or each copy's collector walks over, and so copies, all that was imported
     pid = os.fork()
     if pid:
         _, status = os.waitpid(pid, 0)
