@@ -366,7 +366,10 @@ def in_bf16(adapter):
     other = copy.copy(adapter)
     with theirs():
         other.model = adapter.build_model(adapter.config).to(adapter.device, torch.bfloat16).eval()
-    other.fill(other.model)
+    try:
+        other.fill(other.model)
+    except RuntimeError as error:
+        raise NotSupported(f"the weights do not fit a model of twice the size: {error}") from None
     return other
 
 
@@ -390,7 +393,10 @@ def larger(adapter):
         raise NotSupported(f"the config takes no picture of twice the size: {error}") from None
     with theirs():
         other.model = adapter.build_model(other.config).to(adapter.device).eval()
-    other.fill(other.model)
+    try:
+        other.fill(other.model)
+    except RuntimeError as error:
+        raise NotSupported(f"the weights do not fit a model of twice the size: {error}") from None
     return other
 
 
