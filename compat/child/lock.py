@@ -366,10 +366,7 @@ def in_bf16(adapter):
     other = copy.copy(adapter)
     with theirs():
         other.model = adapter.build_model(adapter.config).to(adapter.device, torch.bfloat16).eval()
-    try:
-        other.fill(other.model)
-    except RuntimeError as error:
-        raise NotSupported(f"the weights do not fit a model of twice the size: {error}") from None
+    other.fill(other.model)
     return other
 
 
@@ -393,11 +390,31 @@ def larger(adapter):
         raise NotSupported(f"the config takes no picture of twice the size: {error}") from None
     with theirs():
         other.model = adapter.build_model(other.config).to(adapter.device).eval()
-    try:
-        other.fill(other.model)
-    except RuntimeError as error:
-        raise NotSupported(f"the weights do not fit a model of twice the size: {error}") from None
+    stretch(adapter.model, other.model)
     return other
+
+
+def stretch(model, larger):
+    """Fill a larger model by a smaller one's weights: those of another shape repeated, under noise that has no name.
+
+    So the two are told alike of weights drawn by name and of those that came from another version's checkpoint.
+    """
+    import torch
+
+    from . import probe
+
+    small = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in larger.named_parameters():
+            whole = small.get(name)
+            if whole is None or whole.dim() != parameter.dim():
+                raise NotSupported(f"a model of twice the size holds {name}, or its shape, otherwise")
+            if whole.shape != parameter.shape:
+                times = [-(-new // old) for new, old in zip(parameter.shape, whole.shape)]
+                whole = whole.repeat(times)[tuple(slice(new) for new in parameter.shape)]
+                noise = torch.randn(whole.shape, generator=probe.generator("larger"))
+                whole = whole * (1 + 0.3 * noise.to(whole.device))
+            parameter.copy_(whole)
 
 
 def shrink_embeddings(model):
