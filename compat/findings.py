@@ -21,6 +21,7 @@ SURFACES = {  # first word of a path -> who depends on it; the model where none 
     "tokenizer": "data",
     "processor": "data",
     "data": "data",
+    "packed": "data",
     "backbones": "backbone_loading",
     "backbone_weights": "backbone_loading",
     "backbone_weights_resized": "backbone_loading",

@@ -7,6 +7,7 @@ no address and no time, so that two locks of one tree are the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -179,6 +180,7 @@ class Asker:
         except NotSupported:
             long = self.row()
         self.section("config.derived.without", "lock_hub_fields")
+        self.section("config.derived.changed", "lock_hub_fields", how="changed")
         self.section("config.effect", "lock_effects", rows=[self.row()], long_row=long)
 
     def checkpoint(self) -> None:
@@ -202,6 +204,7 @@ class Asker:
         answer = self.ask("lock_rates")
         self.keep("train_config.rates" if isinstance(answer, Failed) else "train_config", answer)
         self.section("signature", "lock_signatures")
+        self.section("refusals", "lock_refusals", rows=[self.row()])
         for method in ("forward", "forward_with_targets", "generate"):
             answer = self.ask("lock_returns", rows=self.batch(), method=method)
             if isinstance(answer, Failed) and "unsupported" in answer.fact:  # rows of one length need no mask
@@ -222,6 +225,10 @@ class Asker:
             rows = range(len(answer["supervised"]))
             answer = {"facts": {str(row): {name: answer[name][row] for name in names} for row in rows}}
         self.keep("data", answer)
+        answer = self.ask("data", turns=[list(turns) for turns in TURNS], pictures=1, packed=True)
+        if not isinstance(answer, Failed):
+            answer = {"facts": {str(row): packed_facts(answer, row) for row in range(answer["rows"])}}
+        self.keep("packed", answer)
 
     def ids(self, path: str, answer: dict | Failed) -> None:
         self.facts[path] = answer.fact if isinstance(answer, Failed) else answer["facts"]["ids"]
@@ -238,6 +245,7 @@ class Asker:
             "small_embeddings": {"rows": one, "change": "small_embeddings"},
             "train_mode": {"rows": one, "change": "train_mode"},
             "larger": {"rows": one, "change": "larger"},
+            "packed": {"rows": self.batch(), "change": "packed"},
         }
         for case, parameters in cases.items():
             self.number(case, self.ask("lock_numbers", **parameters))
@@ -250,6 +258,9 @@ class Asker:
                 self.number(case, self.ask("lock_numbers", rows=rows))
                 if not beyond:
                     self.number("bf16_longest", self.ask("lock_numbers", rows=rows, change="bf16"))
+        self.number("wide_picture", self.ask("lock_wide_picture"))
+        answer = self.ask("lock_choices", rows=one)
+        self.keep("numbers.choices" if isinstance(answer, Failed) else "numbers", answer)
         cases = {
             "image": {"rows": one},
             "uncached": {"rows": one, "cached": False},
@@ -292,6 +303,14 @@ class Asker:
         for step in ("forward", "train"):
             answer = self.ask("memory", rows=rows, step=step)
             self.facts[f"cost.peak.{step}"] = answer.fact if isinstance(answer, Failed) else answer["peak_bytes"]
+
+
+def packed_facts(answer: dict, row: int) -> dict:
+    """What a pack holds; which document each position is of, as [value of the mask, how often in a row]."""
+    mask = answer["attention_mask"][row] if answer["attention_mask"] else []
+    runs = [[value, len(list(group))] for value, group in itertools.groupby(mask)]
+    names = ("supervised", "labels_text", "image_tokens", "features")
+    return {**{name: answer[name][row] for name in names}, "documents": runs}
 
 
 class Failed:

@@ -24,7 +24,7 @@ TABLE = Path(__file__).with_name("rules.toml")
 SCHEMA = 1
 VERDICTS = ("identical", "additive", "behaviour", "breaking")  # from best to worst
 TIERS = ("LOAD", "NUMERIC", "API", "DATA", "TRAIN", "COST")
-RAISES = ("numbers", "greedy", "returns", "data", "processor", "loss_curve", "gradient", "cost", "init")
+RAISES = ("numbers", "greedy", "returns", "data", "packed", "processor", "loss_curve", "gradient", "cost", "init")
 
 
 class UnknownRule(ValueError):

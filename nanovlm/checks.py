@@ -7,6 +7,7 @@ no memory. Every function takes a config and raises ConfigError naming the field
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from nanovlm.errors import ConfigError
@@ -58,7 +59,7 @@ def check_types(cfg: Any) -> None:
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         name, _, none = f.type.partition(" | ")
-        kind = _KINDS[name]
+        kind = _KINDS["str" if name.startswith("Literal[") else name]
         if value is None and none:
             continue
         if kind is tuple and isinstance(value, list):  # JSON and TOML know no tuples
@@ -77,6 +78,16 @@ def check_types(cfg: Any) -> None:
             texts = [*value, *value.values()] if kind is dict else value
             if not all(isinstance(text, str) and text for text in texts):
                 raise ConfigError(f"{f.name}: expected text that is not empty, got {value!r}")
+
+
+def check_variant(kind: str, config: Mapping[str, Any], built: Mapping[str, Any]) -> None:
+    """Refuse a backbone's config.json that asks for another variant than ``kind`` builds. Raises ConfigError.
+
+    A key that is not there is the variant that is built.
+    """
+    for name, value in built.items():
+        if config.get(name, value) != value:
+            raise ConfigError(f"{kind} with {name}={config[name]!r} is not built here, only with {value!r}")
 
 
 def kept_tokens(count: int, keep_ratio: float) -> int:

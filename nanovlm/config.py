@@ -20,7 +20,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from nanovlm.checks import POOLINGS, READ_BY, check_agreement, check_sizes, check_types, kept_tokens
 from nanovlm.errors import ConfigError
@@ -147,10 +147,10 @@ class VLMConfig:
     lm_query_pre_attn_scalar: int = 256
 
     # Fewer image tokens: squares of pool_factor x pool_factor become one, or keep_ratio of the tokens stays
-    pool: str = "none"
+    pool: Literal["none", "pool_avg", "pool_max", "pool_adaptive", "drop_norm"] = "none"
     pool_factor: int = 2
     keep_ratio: float = 0.5
-    pool_at: str = "vision"  # in front of the projector, or behind it
+    pool_at: Literal["vision", "projector"] = "vision"  # in front of the projector, or behind it
 
     def __post_init__(self) -> None:
         check_types(self)

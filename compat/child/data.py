@@ -56,8 +56,9 @@ def image_string_tokens(subject, adapter, grid):
     return text.count(adapter.tokenizer.image_token)
 
 
-def run_pipeline(subject, adapter, turns, pictures):
-    """Rows through data set and collator; see Session.ask_data."""
+def run_pipeline(subject, adapter, turns, pictures, packed=False):
+    """Rows through data set and collator, or several rows to a pack; see Session.ask_data."""
+    read = packs if packed else collate
     dataset_class = subject.classes("VQADataset", "VLMDataset", "BaseDataset")
     collator_class = subject.classes("VQACollator", "VLMCollator", "BaseCollator")
     if dataset_class is None or collator_class is None:
@@ -75,7 +76,7 @@ def run_pipeline(subject, adapter, turns, pictures):
     errors = []
     for process in (pair_processor(adapter), plain_processor(adapter)):
         try:
-            return collate(subject, adapter, dataset_class, collator_class, rows, process)
+            return read(subject, adapter, dataset_class, collator_class, rows, process)
         except (TypeError, ValueError) as error:  # the data set unpacks a pair, or does not
             errors.append(error)
         except Exception:
@@ -89,6 +90,32 @@ def run_pipeline(subject, adapter, turns, pictures):
 
 def collate(subject, adapter, dataset_class, collator_class, rows, process):
     """The batch of all rows, read back."""
+    _, items, collator = encoded(adapter, dataset_class, collator_class, rows, process)
+    with theirs():
+        batch = collator(items)
+    return read_back(adapter, batch, rows)
+
+
+def packs(subject, adapter, dataset_class, collator_class, rows, process):
+    """Packs of all rows, read back: of the collator's ``packed``, else of the data set that makes them."""
+    dataset, items, collator = encoded(adapter, dataset_class, collator_class, rows, process)
+    if hasattr(collator, "packed"):
+        with theirs():
+            return read_back(adapter, collator.packed([items]), rows)
+    packing = subject.classes("ConstantLengthDataset", "PackedDataset")
+    if packing is None:
+        raise NotSupported("the target has no ConstantLengthDataset, and its collator no packed()")
+    length = sum(len(item["input_ids"]) + 1 for item in items)
+    limits = {"infinite": False, "max_sample_length": length, "seq_length": length, "num_of_sequences": 2}
+    with theirs():
+        made = list(packing(**fitting(packing.__init__, {"dataset": dataset, **limits})))
+    made.sort(key=lambda pack: [int(token) for token in pack["input_ids"]])  # some shuffle them by no seed of ours
+    batch = {name: [pack[name] for pack in made] for name in ("input_ids", "labels", "attention_mask", "images")}
+    return read_back(adapter, batch, rows)
+
+
+def encoded(adapter, dataset_class, collator_class, rows, process):
+    """(the target's data set of the rows, its items, its collator)."""
     values = config_values(adapter.config)
     by_name = {
         "dataset": rows,
@@ -101,7 +128,11 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
     with theirs():
         dataset = dataset_class(**fitting(dataset_class.__init__, by_name))
         items = [dataset[i] for i in range(len(rows))]
-        batch = collator_class(**fitting(collator_class.__init__, by_name))(items)
+        return dataset, items, collator_class(**fitting(collator_class.__init__, by_name))
+
+
+def read_back(adapter, batch, rows):
+    """What a batch of the target holds, a list entry a row."""
     ids, labels = batch["input_ids"], batch["labels"]
     if isinstance(ids, list) and not ids:
         raise NotSupported("the collator dropped every row")
@@ -110,12 +141,12 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
     text = [adapter.tokenizer.decode([int(t) for t in row if int(t) != -100]) for row in labels]
     image_id = adapter.image_token_id
     return {
-        "rows": len(rows),
+        "rows": len(ids),
         "supervised": [int((row != -100).sum()) for row in labels],
         "labels_text": text,
         "shift": [shift(ids_row, labels_row) for ids_row, labels_row in zip(ids, labels)],
         "image_tokens": [int((row == image_id).sum()) if image_id is not None else 0 for row in ids],
-        "features": [count_features(images, i, adapter) if image_id is not None else 0 for i in range(len(rows))],
+        "features": [count_features(images, i, adapter) if image_id is not None else 0 for i in range(len(ids))],
         "batch_keys": sorted(batch),
         "ids": [[int(t) for t in row] for row in ids],
         "labels": [[int(t) for t in row] for row in labels],

@@ -17,6 +17,7 @@ from .data import image_processor, image_string_tokens
 from .lock import chat_ids
 from .protocol import NotSupported
 from .stubs import NotInstalled
+from .variants import literals
 
 CHANGES, NOTHING, REFUSED, NOT_TRIED = "changes", "nothing", "refused", "not tried"
 RAISES = "raises "
@@ -121,7 +122,9 @@ def effects(subject, adapter, rows, long_row):
 
 def effect(adapter, name, values, first, looks):
     """The word for one field."""
-    tried = changed_values(name, values[name], getattr(type(adapter.config), "__annotations__", {}).get(name))
+    kind = type(adapter.config)
+    tried = [value for value in literals(kind).get(name, ()) if value != values[name]]
+    tried = tried or changed_values(name, values[name], getattr(kind, "__annotations__", {}).get(name))
     word = REFUSED if tried else NOT_TRIED
     for value in tried:
         try:

@@ -228,7 +228,10 @@ class LockQuestions(VariantQuestions):
     # -- numbers ------------------------------------------------------------------------------------------
 
     def ask_lock_numbers(self, adapter, rows, padding="none", change=None):
-        """Logits and loss of one batch; change: None, "bf16", "larger", "small_embeddings" or "train_mode"."""
+        """Logits and loss of one batch; change: None, "bf16", "larger", "packed", "small_embeddings" or "train_mode".
+
+        "packed": all rows behind one another as one, their positions numbered by document in the attention mask.
+        """
         import torch
 
         from . import probe
@@ -241,7 +244,7 @@ class LockQuestions(VariantQuestions):
             adapter = larger(adapter)
         elif change == "small_embeddings":
             shrink_embeddings(adapter.model)
-        batch = adapter.batch(rows, padding)
+        batch = adapter.in_one_row(rows) if change == "packed" else adapter.batch(rows, padding)
         if change == "bf16":
             batch.pictures = [[picture.bfloat16() for picture in row] for row in batch.pictures]
         adapter.model.train(change == "train_mode")
@@ -395,7 +398,7 @@ def larger(adapter):
 
 
 def stretch(model, larger):
-    """Fill a larger model by a smaller one's weights: those of another shape repeated, under noise that has no name.
+    """Fill another, larger model by a smaller one's weights: those of another shape repeated, under nameless noise.
 
     So the two are told alike of weights drawn by name and of those that came from another version's checkpoint.
     """
@@ -408,7 +411,7 @@ def stretch(model, larger):
         for name, parameter in larger.named_parameters():
             whole = small.get(name)
             if whole is None or whole.dim() != parameter.dim():
-                raise NotSupported(f"a model of twice the size holds {name}, or its shape, otherwise")
+                whole = probe.draw(name, parameter.shape)
             if whole.shape != parameter.shape:
                 times = [-(-new // old) for new, old in zip(parameter.shape, whole.shape)]
                 whole = whole.repeat(times)[tuple(slice(new) for new in parameter.shape)]

@@ -371,11 +371,11 @@ class Session(LockQuestions, FigureQuestions, CrossingQuestions):
             )
         return {"pictures": results}
 
-    def ask_data(self, adapter, turns, pictures=1):
-        """The target's own data set and collator on fixed rows."""
+    def ask_data(self, adapter, turns, pictures=1, packed=False):
+        """The target's own data set and collator on fixed rows; packed: all in one row, if they fit."""
         from .data import run_pipeline
 
-        return run_pipeline(self.subject, adapter, turns, pictures)
+        return run_pipeline(self.subject, adapter, turns, pictures, packed)
 
     def ask_train_config(self):
         """Fields and defaults of the training config."""

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
+import itertools
+import math
+import typing
 
 from .protocol import NotSupported, theirs
 from .readings import jsonable
@@ -20,6 +24,7 @@ SHOWN = 8  # probabilities of a draw
 STRENGTH = 0.5  # of dropout
 SEEDS = 12
 SCHEDULES, OPTIMIZERS = ("learning_rate", "get_lr"), ("make_optimizer", "get_optimizer", "configure_optimizers")
+MOST_CHOICES = 32  # combinations of a config's choices that are tried
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
 
 
@@ -81,10 +86,85 @@ class VariantQuestions:
         facts = {"": ids, ".streamed": given}
         return {"facts": {n: {"ids": r, "decided": decided(adapter, rows, plain, r)} for n, r in facts.items()}}
 
-    def ask_lock_hub_fields(self, adapter):
+    def ask_lock_choices(self, adapter, rows):
+        """Logits under the config's other choices: each switch alone, and fields that list their values as a Literal.
+
+        Of those every combination; what the config, the model or a pass refuses has no entry.
+        """
+        import torch
+
+        from .adapters.configs import config_values
+        from .lock import rms, stretch
+
+        values, facts = config_values(adapter.config), {}
+        choices = {name: known for name, known in literals(type(adapter.config)).items() if values.get(name) in known}
+        tried = [{name: not value} for name, value in values.items() if isinstance(value, bool)]
+        if math.prod(map(len, choices.values())) <= MOST_CHOICES:
+            tried += [dict(zip(choices, chosen)) for chosen in itertools.product(*choices.values())]
+        for named in tried:
+            if all(values[name] == value for name, value in named.items()):
+                continue
+            other = copy.copy(adapter)
+            try:
+                other.config = adapter.changed_config(named)
+                with theirs():
+                    other.model = adapter.build_model(other.config).to(adapter.device).eval()
+                stretch(adapter.model, other.model)
+                with torch.no_grad():
+                    logits = torch.cat([row.reshape(-1) for row in other.logits(other.batch(rows, "none"))])
+            except Exception:  # of any type: the target's way to say no
+                continue
+            case = "choice " + " ".join(f"{name}={value}" for name, value in named.items())
+            facts[case + ".logits"], facts[case + ".rms"] = sketch(logits), rms(logits)
+        return {"facts": facts}
+
+    def ask_lock_wide_picture(self, adapter):
+        """What the vision encoder makes of a picture twice as wide as it is high."""
+        import torch
+
+        from . import probe
+        from .lock import rms
+
+        encoder = getattr(adapter.model, "vision_encoder", None)
+        if encoder is None:
+            raise NotSupported("the model has no vision_encoder to be given a picture of another shape")
+        side = adapter.image_size
+        wide = torch.cat([probe.picture(number, side) for number in (0, 1)], 2)[None].to(adapter.device)
+        with torch.no_grad(), theirs():
+            features = first_tensor(encoder(wide)).float()
+        return {"facts": {"logits": sketch(features), "rms": rms(features)}}
+
+    def ask_lock_refusals(self, adapter, rows):
+        """{a call that asks for what cannot be: the type that is raised, or "accepted"}."""
+        import torch
+
+        encoder, side = getattr(adapter.model, "vision_encoder", None), adapter.image_size
+        calls = {
+            "generate.negative_length": lambda: adapter.generate(adapter.batch(rows), -1),
+            "forward.picture_left_out": lambda: adapter.logits(without_pictures(adapter.batch(rows))),
+        }
+        if encoder is not None:
+            for name, height, width in (("half_a_row", side + 1, side), ("half_a_column", side, side + 1)):
+                picture = torch.zeros(1, 3, height, width, device=adapter.device)
+                calls[f"vision_encoder.{name}"] = functools.partial(encoder, picture)
+        facts = {}
+        for name, call in calls.items():
+            try:
+                with torch.no_grad():
+                    call()
+            except NotSupported as error:
+                facts[name] = {"unsupported": str(error)}
+            except Exception as error:  # of any type: the target's way to refuse
+                facts[name] = type(error).__name__
+            else:
+                facts[name] = "accepted"
+        return {"facts": facts}
+
+    def ask_lock_hub_fields(self, adapter, how="without"):
         """{key of the backbones' config.json: the config's fields that its absence changes, or what is raised}.
 
-        Key "everything": all fields, of a config.json that says nothing.
+        how: "without", or "changed" for another value of the key. Key "everything": all fields, of a config.json
+        that says nothing.
         """
         if not hasattr(adapter, "hub_readers"):
             raise NotSupported("what config.json on the Hub decides is read in no one place")
@@ -92,8 +172,12 @@ class VariantQuestions:
         for role, read, given in adapter.hub_readers():
             with theirs():
                 whole = read(given)
-            cases = {key: {name: value for name, value in given.items() if name != key} for key in given}
-            for key, rest in {**cases, "everything": {}}.items():
+            if how == "changed":
+                cases = {key: {**given, key: changed} for key in given if (changed := another(given[key])) is not None}
+            else:
+                cases = {key: {name: value for name, value in given.items() if name != key} for key in given}
+                cases["everything"] = {}
+            for key, rest in cases.items():
                 known = {} if key == "everything" else whole
                 try:
                     fields = read(rest)
@@ -210,6 +294,29 @@ class VariantQuestions:
         first, second = states
         kept = {name: tensor for name, tensor in first.items() if tensor.is_floating_point()}
         return {"facts": {n: sketch(t) for n, t in kept.items() if t.numel() and bool(torch.equal(t, second[n]))}}
+
+
+def literals(config_class):
+    """{field: values} of the fields annotated as a Literal."""
+    try:
+        hints = typing.get_type_hints(config_class)
+    except Exception:  # an annotation that names nothing importable
+        return {}
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+
+
+def without_pictures(batch):
+    """The batch, whose text speaks of pictures that it does not hold."""
+    return dataclasses.replace(batch, pictures=[[] for _ in batch.pictures])
+
+
+def another(value):
+    """Another value of the kind, None where there is no plain one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return 2 * value or 1
+    return value + "x" if isinstance(value, str) else None
 
 
 def decided(adapter, rows, plain, ids):

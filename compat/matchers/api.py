@@ -336,6 +336,11 @@ def returns_follow(change: Change) -> str | None:
     return "API.method_removed" if gone else None
 
 
+def refusal(change: Change) -> Hit | None:
+    """Of the facts of both sides: the type that is raised, or "accepted"."""
+    return Hit(change.old, change.new) if change.both else None
+
+
 CALLS = {
     "API.method_removed": method_removed,
     "API.method_added": method_added,
@@ -383,6 +388,7 @@ RULES = {
         "API.flag_type": flag_type,
     },
     "signature": CALLS,
+    "refusals": {"API.refusal": refusal},
     "returns": {
         "API.returns_removed": returns_removed,
         "API.returns_arity": returns_arity,

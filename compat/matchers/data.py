@@ -134,7 +134,23 @@ def row_image_tokens(change: Change) -> Hit | None:
     return None if features_mismatch(change) else differs(change, "image_tokens", "features")
 
 
+def packing(change: Change) -> Hit | None:
+    """Fires where a pack was made otherwise of rows that are the same."""
+    return Hit(change.old, change.new) if change.both and not _rows_differ(change) else None
+
+
+def packing_follows(change: Change) -> str | None:
+    if not change.both:
+        return None
+    return "DATA.labels" if _rows_differ(change) else None
+
+
+def _rows_differ(change: Change) -> bool:
+    return any(not same(old, new) for _, old, new in change.pair.both("data"))
+
+
 RULES = {
+    "packed": {"DATA.packing": packing},
     "tokenizer.special": {
         "DATA.special_token_removed": special_removed,
         "DATA.special_token_added": special_added,
@@ -157,4 +173,9 @@ RULES = {
         "DATA.image_tokens": row_image_tokens,
     },
 }
-FOLLOWS = {"tokenizer.text": tokens_follow, "tokenizer.chat": tokens_follow, "processor": processor_follows}
+FOLLOWS = {
+    "packed": packing_follows,
+    "tokenizer.text": tokens_follow,
+    "tokenizer.chat": tokens_follow,
+    "processor": processor_follows,
+}

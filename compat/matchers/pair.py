@@ -21,8 +21,8 @@ SECTIONS = (
     "crossing", "config.field", "config.effect", "config.derived", "train_config.field", "train_config.derived",
     "train_config.schedule", "train_config.rate", "script", "state", "saved", "saved_alias", "init", "signature",
     "returns", "tokenizer.special", "tokenizer.text", "tokenizer.chat", "processor", "data", "numbers", "greedy",
-    "sampling", "dropout", "gradient", "loss_curve", "activation", "backbone_weights_resized", "backbone_weights",
-    "backbones", "cost.flops", "cost.peak", "cost",
+    "sampling", "dropout", "gradient", "loss_curve", "activation", "refusals", "packed", "backbone_weights_resized",
+    "backbone_weights", "backbones", "cost.flops", "cost.peak", "cost",
 )  # fmt: skip
 REMADE = {"shape": "LOAD.key_reshaped", "persistent": "LOAD.persistence", "dtype": "LOAD.dtype"}
 

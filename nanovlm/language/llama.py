@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.cache import KVCache
+from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
-from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, attend, draw_weights, gated, joined, linear
+from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, attend, draw_weights, gated, joined, linear, packed
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import ROWS, Rule
 
@@ -125,10 +126,26 @@ def layer_step(
     return x + product(F.silu(product(y, gate)) * product(y, up), down)
 
 
+PACKING_PAYS = 16  # tokens: to pack takes as long as packed weights save in eight
+
+
 class Cache(KVCache):
-    """It keeps the layers' weights at hand, too: to look them up again at every token takes a while."""
+    """It keeps the layers' weights at hand, too: to look them up again at every token takes a while.
+
+    On a CPU, weights in bfloat16 are packed for an answer of some length. A cache lives as long as its answer, so
+    no packed weight outlives a change of the model's.
+    """
 
     weights: list[tuple[Tensor, ...]] | None = None
+    is_packed = False
+
+    def pack(self) -> None:
+        """Once, when the answer is about to begin: pack the matrices if that pays."""
+        self.is_packed = True
+        first = self.weights[0][0] if self.weights else None
+        if first is not None and first.dtype == torch.bfloat16 and first.device.type == "cpu":
+            if self.capacity - self.length >= PACKING_PAYS:
+                self.weights = [tuple(packed(w) if w.dim() == 2 else w for w in layer) for layer in self.weights or ()]
 
 
 class Llama(Stack):
@@ -199,6 +216,9 @@ class Llama(Stack):
         at = torch.tensor([cache.length], device=x.device)
         layers: Iterable[tuple[Tensor, Tensor]] = cache.layers
         if self.compiled_step is None:
+            if not cache.is_packed:
+                cache.pack()
+                weights = cache.weights or weights
             step, layers = layer_step, ((k.narrow(2, 0, end), v.narrow(2, 0, end)) for k, v in layers)
         else:
             # the whole cache, whose shape never changes, and a mask over what is in use
@@ -235,9 +255,15 @@ class Llama(Stack):
 
     @staticmethod
     def hub_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-        """VLMConfig fields that the Hub's config.json decides; its defaults are LlamaConfig's."""
+        """VLMConfig fields that the Hub's config.json decides; its defaults are LlamaConfig's.
+
+        Raises ConfigError for a variant that this file does not build.
+        """
         config = config.get("text_config", config)
         rope = config.get("rope_parameters") or {}  # transformers 5 keeps the base there
+        check_variant("Llama", config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+        for scaling in (rope, config.get("rope_scaling") or {}):
+            check_variant("Llama", scaling, {"rope_type": "default", "type": "default"})
         width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
         return {
             "lm_hidden_dim": width, "lm_head_dim": config.get("head_dim") or width // heads,

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import draw_weights, gated, joined, rotate, spread
+from nanovlm.layers import Linear, draw_weights, gated, joined, rotate, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import Rule
 
@@ -115,10 +116,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout = cfg.vit_n_heads, cfg.vit_dropout
-        self.q_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
-        self.k_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
-        self.out_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.q_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.k_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim, bias=False)
+        self.v_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.out_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         N, T, D = x.shape
@@ -137,9 +138,9 @@ class MLP(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.dropout = cfg.vit_dropout
-        self.gate_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim) if cfg.vit_gated_mlp else None
-        self.up_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
-        self.down_proj = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
+        self.gate_proj = Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim) if cfg.vit_gated_mlp else None
+        self.up_proj = Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        self.down_proj = Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
@@ -219,18 +220,12 @@ class Dinov3(Stack):
         Raises ConfigError for a variant that this file does not build.
         """
         gated = config.get("use_gated_mlp", False)
-        biases = {
-            "query_bias": True,
-            "key_bias": False,
-            "value_bias": True,
-            "proj_bias": True,
-            "mlp_bias": True,
-        }
-        built = {**biases, "num_channels": 3, "hidden_act": "silu" if gated else "gelu"}
-        for name, value in built.items():
-            found = config.get(name, "gelu" if name == "hidden_act" else value)
-            if found != value:
-                raise ConfigError(f"DINOv3 with {name}={found!r} is not built here, only with {value!r}")
+        if gated:
+            config = {"hidden_act": "gelu", **config}  # what DINOv3's own config says of an activation left out
+        check_variant("DINOv3", config, {
+            "query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True, "mlp_bias": True,
+            "num_channels": 3, "hidden_act": "silu" if gated else "gelu",
+        })  # fmt: skip
         return {
             "vit_hidden_dim": config.get("hidden_size", 384), "vit_cls_flag": True, "vit_gated_mlp": gated,
             "vit_inter_dim": config.get("intermediate_size", 1536),

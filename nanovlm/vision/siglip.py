@@ -9,6 +9,7 @@ N pictures, P patches, D width, H heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
+from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
-from nanovlm.errors import WeightsError
-from nanovlm.layers import draw_weights, gelu_tanh, joined, spread
+from nanovlm.errors import ImageError, WeightsError
+from nanovlm.layers import Linear, draw_weights, gelu_tanh, joined, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Join, Rule
 
@@ -55,6 +57,14 @@ class PatchEmbedding(nn.Module):
         nn.init.normal_(self.position_embedding, std=spread(cfg.vit_hidden_dim))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        positions = self.position_embedding.shape[1]
+        side = math.isqrt(positions) * self.conv.stride[0]
+        if pixel_values.shape[-2:] != (side, side):
+            height, width = pixel_values.shape[-2:]
+            raise ImageError(
+                f"a picture of {height}x{width} pixels, but this encoder has positions for {side}x{side}: "
+                "resize the picture, or load the model for another vit_img_size"
+            )
         return self.conv(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding
 
 
@@ -64,8 +74,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout = cfg.vit_n_heads, cfg.vit_dropout
-        self.qkv_proj = nn.Linear(cfg.vit_hidden_dim, 3 * cfg.vit_hidden_dim)
-        self.out_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.qkv_proj = Linear(cfg.vit_hidden_dim, 3 * cfg.vit_hidden_dim)
+        self.out_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         N, P, D = x.shape
@@ -79,8 +89,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.dropout = cfg.vit_dropout
-        self.fc1 = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
-        self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
+        self.fc1 = Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        self.fc2 = Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc2(again(gelu_tanh, self.fc1(x)))
@@ -161,8 +171,12 @@ class Siglip(Stack):
 
     @staticmethod
     def hub_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-        """VLMConfig fields that the Hub's config.json decides; sizes it leaves out are SigLIP-B/16's."""
+        """VLMConfig fields that the Hub's config.json decides; sizes it leaves out are SigLIP-B/16's.
+
+        Raises ConfigError for a variant that this file does not build.
+        """
         config = config.get("vision_config", config)
+        check_variant("SigLIP", config, {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3})
         return {
             "vit_hidden_dim": config.get("hidden_size", 768),
             "vit_inter_dim": config.get("intermediate_size", 3072),

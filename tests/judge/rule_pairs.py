@@ -82,6 +82,9 @@ PAIRS = {
     "NUMERIC.small_values": case("small_embeddings"),
     "NUMERIC.train_mode": case("train_mode"),
     "NUMERIC.long_sequences": case("past_longest"),
+    "NUMERIC.packing": case("packed"),
+    "NUMERIC.choices": case("choice pool=pool_max"),
+    "NUMERIC.wide_pictures": case("wide_picture"),
     "NUMERIC.loss": at("numbers.fp32.loss", 2.5, 2.6, numbers__fp32__logits=SKETCH),
     "NUMERIC.greedy": at(
         "greedy.image", {"ids": IDS, "decided": [[0, 2]]}, {"ids": [[5, 6, 9, 8]], "decided": [[0, 2]]}
@@ -93,6 +96,7 @@ PAIRS = {
         {"state.w": KEY, "numbers.fp32.logits": SKETCH},
         {"state.w": KEY | {"shape": [9, 8]}, "numbers.fp32.logits": OTHER},
     ),
+    "API.refusal": at("refusals.generate.negative_length", "PromptError", "accepted"),
     "API.config_field_added": at("config.field.depth", None, FIELD, config__field__width=FIELD),
     "API.config_default": at("config.field.depth", FIELD, FIELD | {"default": 4}),
     "API.config_type": at("config.field.depth", FIELD, FIELD | {"type": "str"}),
@@ -161,6 +165,7 @@ PAIRS = {
     "DATA.image_string": at("processor.97x60", PICTURE, PICTURE | {"image_tokens": 21}),
     "DATA.no_labels": at("data.0", ROW, ROW | {"supervised": 0, "labels_text": ""}),
     "DATA.labels": at("data.0", ROW, ROW | {"labels_text": "red house.", "supervised": 5}),
+    "DATA.packing": at("packed.0", {"documents": [[1, 9], [2, 8]]}, {"documents": [[1, 17]]}, data__0=ROW),
     "DATA.features_mismatch": at("data.0", ROW, ROW | {"image_tokens": 5}),
     "DATA.image_tokens": at("data.0", ROW, ROW | {"image_tokens": 16, "features": 16}),
     "TRAIN.field_removed": at("train_config.field.lr", FIELD, None, train_config__field__steps=FIELD),

@@ -164,7 +164,10 @@ def test_the_data_section_of_a_fork_has_its_rows(fork):
 def test_only_what_our_model_refuses_or_lacks_is_no_answer(ours):
     paths = {path for path, value in ours["facts"].items() if not is_answer(value)}
     assert paths <= {"greedy.uncached"}
-    assert {path for path in ours["facts"] if path.endswith(".error")} == {"numbers.past_longest.error"}
+    errors = {path: value for path, value in ours["facts"].items() if path.endswith(".error")}
+    assert errors == {"numbers.past_longest.error": "PromptTooLong", "numbers.wide_picture.error": "ImageError"}
+    refused = {path: value for path, value in ours["facts"].items() if path.startswith("refusals.")}
+    assert len(refused) == 4 and "accepted" not in refused.values(), refused
 
 
 def test_numbers_are_those_of_equal_tensors_only(ours):

@@ -246,6 +246,22 @@ def test_hub_fields_of_siglip_come_from_the_vision_part_and_the_class_defaults()
     assert all(getattr(preset("default"), name) == value for name, value in fields.items())
 
 
+@pytest.mark.parametrize(
+    ("backbone", "config", "said"),
+    [
+        (Llama, {"hidden_act": "gelu"}, "hidden_act='gelu' is not built here, only with 'silu'"),
+        (Llama, {"attention_bias": True}, "attention_bias=True"),
+        (Llama, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
+        (Llama, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        (Siglip, {"vision_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),
+        (Siglip, {"num_channels": 1}, "num_channels=1"),
+    ],
+)
+def test_a_variant_that_would_compute_other_numbers_is_refused(backbone, config, said):
+    with pytest.raises(ConfigError, match=said):
+        backbone.hub_fields(config)
+
+
 def test_a_file_with_a_tensor_nobody_asked_for_is_refused_by_name(tmp_path):
     cfg = preset("tiny")
     tensors = to_hub(Llama(cfg), Llama.RULES)

@@ -14,6 +14,7 @@ from benchmarks.bench_load import load
 from benchmarks.bench_prefill import their_first_ids
 from benchmarks.sides import Turns, their_decoder, their_encoder, write_ours, write_theirs
 from nanovlm import get_image_processor, layers
+from nanovlm.generate import decode_one_token, prefill
 from nanovlm.language import llama
 from tests.model.helpers import pad, prompt, tiles, tiny_model
 
@@ -111,6 +112,37 @@ def their_decoder_doubled(model):
     theirs = their_decoder(model)
     theirs.model.layers[0].self_attn.v_proj.weight.mul_(2)
     return theirs
+
+
+def states_of_a_long_answer(model, count):
+    """Hidden states (count, B, D) of decoding the same ids behind one prompt, and whether the weights were packed."""
+    decoder, ids = model.decoder, torch.tensor([prompt(model.cfg, 9, seed=seed) for seed in range(2)])
+    cache = decoder.new_cache(2, ids.shape[1] + count)
+    with torch.inference_mode():
+        prefill(decoder, decoder.embed(ids), None, cache)
+        positions = torch.full((2, 1), ids.shape[1])
+        steps = [
+            decode_one_token(decoder, ids[:, step % 9], positions + step, None, cache).float()
+            for step in range(count)
+        ]  # fmt: skip
+        return torch.stack(steps), any(weight.is_mkldnn for layer in cache.weights for weight in layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_what_plain_ones_do_and_are_given_back(monkeypatch, model, dtype):
+    model = model.to(dtype)
+    found, was_packed = states_of_a_long_answer(model, 20)
+    assert was_packed == (dtype == torch.bfloat16 and not layers.SLOW_BF16)
+    _, short = states_of_a_long_answer(model, llama.PACKING_PAYS - 1)
+    assert not short
+    monkeypatch.setattr(llama, "PACKING_PAYS", 1000)
+    plain, again = states_of_a_long_answer(model, 20)
+    assert not again and torch.allclose(found, plain, atol=0.05, rtol=0.02)
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.decoder.blocks[0].mlp.down_proj.weight.data.neg_()  # bumps no version: nothing may be kept by it
+    after, _ = states_of_a_long_answer(model, 20)
+    assert not torch.allclose(after, plain, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.slow

@@ -163,6 +163,10 @@ class Adapter(Rows):
         with theirs():
             return make_config(cls, values)
 
+    def changed_config(self, changes):
+        """The config with other values."""
+        return make_config(type(self.config), {**config_values(self.config), **changes})
+
     def tiny_values(self, names):
         """More small values, for fields only this dialect has."""
         return {}

@@ -32,6 +32,11 @@ class Adapter(Base):
                 sizes["max_img_size"] = sizes["vit_img_size"]
             return config.replace(**sizes, lm_tokenizer="compat/stand-in")
 
+    def changed_config(self, changes):
+        """The config with other values; the count of image tokens and what else hangs on them follow."""
+        with theirs():
+            return self.config.replace(**changes)
+
     def read_config(self, folder):
         with theirs():
             return self.subject.config_class.from_json_dict(self.config_json(folder))[0]
@@ -54,10 +59,8 @@ class Adapter(Base):
         """[(role, function of a backbone's config.json, the stand-in's)]."""
         kinds = ("vision", "vision_encoder"), ("language", "language_model")
         names = [(role, kind, getattr(self.config, kind)) for role, kind in kinds]
-        return [
-            (role, self.subject.function(kind)(name).hub_fields, hub.backbone(f"compat/{name}", role)[0])
-            for role, kind, name in names
-        ]
+        given = {role: own_part(hub.backbone(f"compat/{name}", role)[0], role) for role, _, name in names}
+        return [(role, self.subject.function(kind)(name).hub_fields, given[role]) for role, kind, name in names]
 
     @property
     def tokens_per_cell(self):
@@ -67,3 +70,8 @@ class Adapter(Base):
         hub.add_repository("compat/stand-in", "tokenizer")
         with theirs():
             return self.subject.function("get_tokenizer")("compat/stand-in")
+
+
+def own_part(config, role):
+    """What a config.json says of one backbone, where it speaks of two."""
+    return config.get(f"{role}_config", config)

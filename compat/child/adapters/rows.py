@@ -10,6 +10,7 @@ import dataclasses
 import torch
 
 from .. import probe
+from ..protocol import NotSupported
 
 
 @dataclasses.dataclass
@@ -50,6 +51,22 @@ class Rows:
             torch.tensor(label_rows, device=self.device) if labelled else None,
             [[probe.picture(k, self.image_size)[None].to(self.device) for k in row.get("images", ())] for row in rows],
             text,
+        )
+
+    def in_one_row(self, rows):
+        """A Batch of one row that holds all rows as documents, numbered from 1 in its attention mask."""
+        if not self.takes["attention_mask"] or self.layout == "in_front":
+            raise NotSupported("documents share a row only where a mask tells apart text that holds its pictures")
+        alone = [self.batch([row], "none") for row in rows]
+        starts = [sum(batch.input_ids.shape[1] for batch in alone[:number]) for number in range(len(alone))]
+        masks = [torch.full_like(batch.input_ids, number) for number, batch in enumerate(alone, 1)]
+        targets = [batch.targets for batch in alone if batch.targets is not None]
+        return Batch(
+            torch.cat([batch.input_ids for batch in alone], 1),
+            torch.cat(masks, 1),
+            torch.cat(targets, 1) if targets else None,
+            [[picture for batch in alone for picture in batch.pictures[0]]],
+            [[start + place for start, batch in zip(starts, alone) for place in batch.text[0]]],
         )
 
     def expand(self, row):
