@@ -342,6 +342,7 @@ def _rows(item: Judged, rules: dict) -> list[dict]:
         "verdict": finding.severity,
         "why": rule.why if rule else finding.where,
         "fix": rule.fix if rule else "",
+        "proof": finding.proof,
         "waived": item.reason,
     }
     return [{"combo": combo, **row} for combo in item.combos]

@@ -104,12 +104,14 @@ def suspects(stored: dict[str, tuple[int, ...]], state: dict[str, dict]) -> list
 
     Empty where the names do not explain each other: a new tensor that the file has nothing for.
     """
-    tied = {name for name, fact in state.items() if fact["tied_to"]}
+    # a tensor of several names is in the file under one of them, whichever the target chose to keep
+    first_name = {name: fact["tied_to"] or name for name, fact in state.items()}
+    in_file = {first_name[name] for name in stored if name in first_name}
     shapes = {name: tuple(fact["shape"]) for name, fact in state.items() if fact["persistent"]}
     lost = {name: shape for name, shape in stored.items() if shapes.get(name) != shape}
     wanted = {
         name: shape for name, shape in shapes.items()
-        if stored.get(name) != shape and not (name in tied and name not in stored)
+        if stored.get(name) != shape and not (name not in stored and first_name[name] in in_file)
     }  # fmt: skip
     sides = Sides(dict(lost), dict(wanted))
     for way in (_transposed, _fused, _split):

@@ -239,8 +239,8 @@ class VariantQuestions:
         """With ``field`` raised: the logits in evaluation, and how random each module is in training."""
         import torch
 
-        from . import probe
         from .adapters.configs import config_values, make_config
+        from .lock import stretch
 
         values = config_values(adapter.config)
         if field not in values:
@@ -249,7 +249,7 @@ class VariantQuestions:
         other.config = make_config(type(adapter.config), {**values, field: STRENGTH})
         with theirs():
             other.model = adapter.build_model(other.config).to(adapter.device).eval()
-        probe.fill(other.model)
+        stretch(adapter.model, other.model)
         calls, hooks = {}, []
         for name, module in other.model.named_modules():
             hooks.append(

@@ -215,21 +215,22 @@ class Llama(Stack):
         x, cos, sin, end = embeds[:, 0], cos[:, 0], sin[:, 0], cache.length + 1
         at = torch.tensor([cache.length], device=x.device)
         layers: Iterable[tuple[Tensor, Tensor]] = cache.layers
-        if self.compiled_step is None:
+        compiled = self.compiled_step if len(x) == 1 or x.device.type != "cpu" else None  # several rows gain nothing
+        if compiled is None:
             if not cache.is_packed:
                 cache.pack()
                 weights = cache.weights or weights
             step, layers = layer_step, ((k.narrow(2, 0, end), v.narrow(2, 0, end)) for k, v in layers)
         else:
             # the whole cache, whose shape never changes, and a mask over what is in use
-            step, seen = self.compiled_step, torch.arange(cache.capacity, device=x.device) < end
+            step, seen = compiled, torch.arange(cache.capacity, device=x.device) < end
             mask = seen[None, None, None] if mask is None else F.pad(mask, (0, cache.capacity - end))
         for (keys, values), tensors in zip(layers, weights, strict=True):
             x = step(x, cos, sin, mask, keys, values, at, self.cfg.lm_rms_eps, *tensors)
         return self.norm(x)[:, None]
 
     def compile_step(self) -> None:
-        """Compile what one token goes through; the first one then takes half a minute.
+        """Compile what one token goes through; the first one then takes half a minute. On a CPU, of one row alone.
 
         Each batch size and each 256 positions of cache compile anew, a token or a layer does not.
         """

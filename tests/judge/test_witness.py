@@ -109,6 +109,14 @@ def test_a_new_tensor_that_nothing_explains_leaves_no_suspicion():
     assert suspects({"a.weight": (4, 4)}, {"a.weight": fact(4, 4), "scale": fact(4)}) == []
 
 
+def test_a_tensor_of_two_names_is_in_the_file_under_either():
+    state = {"embed.weight": fact(9, 4), "head.weight": fact(9, 4, tied_to="embed.weight"), "new.weight": fact(4)}
+    for kept in ("embed.weight", "head.weight"):
+        (shim,) = suspects({kept: (9, 4), "old.weight": (4,)}, state)
+        assert shim.key_mapping() == {r"^old\.weight$": "new.weight"} and not shim.dropped
+    assert not suspects({"old.weight": (4,)}, state)
+
+
 def test_ties_and_computed_buffers_need_nothing_from_the_file():
     state = {"embed.weight": fact(9, 4), "head.weight": fact(9, 4, tied_to="embed.weight"), "n.weight": fact(4)}
     state["rope.inv_freq"] = fact(2, trainable=None)
