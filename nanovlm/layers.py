@@ -21,7 +21,6 @@ from nanovlm.recompute import again
 # Without AVX-512 or the like, torch multiplies bf16 matrices element by element, 8 times slower than float32.
 SLOW_BF16 = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 FEW = 8
-MANY = 32  # rows, and a matrix of 512 x 512: from here on oneDNN's float32 product pays for its start
 MKL = torch.backends.mkl.is_available()
 PIECE = 1 << 18  # weights turned into float32 at once: 1 MB, which stays in the cache until it is used
 
@@ -34,7 +33,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, and fast on a CPU for float32 and, where it is slow there, for several rows of bfloat16.
+    """F.linear, and fast on a CPU for a few rows of float32 and, where it is slow there, several of bfloat16.
 
     Sums and the result are rounded only once. Training is left to torch: the float32 pieces would all be kept
     for the backward pass.
@@ -42,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     few = x.dtype == torch.float32 and x.numel() <= FEW * weight.shape[1]
     if few and bias is None and not torch.is_grad_enabled():
         return few_rows(x, weight)
-    if weight.is_mkldnn or takes_onednn(x, weight):
+    if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if not (SLOW_BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
@@ -53,24 +52,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [F.linear(x, piece.float()) for piece in weight.split(max(1, PIECE // weight.shape[1]))], dim=-1
     )
     return (y if bias is None else y + bias).bfloat16()
-
-
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether float32 rows are multiplied by oneDNN: its product of many rows is 1.1 to 1.9 times as fast as MKL's.
-
-    It has no backward pass, and there MKL is as fast.
-    """
-    return (
-        MKL
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and x.numel() >= MANY * weight.shape[1]
-        and weight.numel() >= 1 << 18
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nanovlm.config import VLMConfig
-from nanovlm.layers import Linear, draw_weights
+from nanovlm.layers import draw_weights
 from nanovlm.pooling import TokenPooling, pooling
 
 
@@ -34,7 +34,7 @@ class ModalityProjector(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.factor = cfg.mp_pixel_shuffle_factor
-        self.proj = Linear(cfg.vit_hidden_dim * self.factor**2, cfg.lm_hidden_dim, bias=False)
+        self.proj = nn.Linear(cfg.vit_hidden_dim * self.factor**2, cfg.lm_hidden_dim, bias=False)
         self.apply(draw_weights)
         self.pool, self.pool_first = pooling(cfg), cfg.pool_at == "vision"
 

@@ -88,7 +88,11 @@ def image_string(tokenizer, grids: Sequence[tuple[int, int]], tokens_per_tile: i
     return Trusted("".join(out))
 
 
-get_image_string = image_string  # upstream's name
+def get_image_string(
+    tokenizer, splitted_image_counts: Sequence[tuple[int, int]], mp_image_token_length: int
+) -> Trusted:
+    """``image_string`` under upstream's names."""
+    return image_string(tokenizer, splitted_image_counts, mp_image_token_length)
 
 
 class Prompt(NamedTuple):

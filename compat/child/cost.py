@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .protocol import NotSupported
 
 CLASSES = {
-    "mm": "matmul", "addmm": "matmul", "_linear_pointwise": "matmul", "bmm": "batched_matmul",
-    "baddbmm": "batched_matmul",
+    "mm": "matmul", "addmm": "matmul", "bmm": "batched_matmul", "baddbmm": "batched_matmul",
     "convolution": "convolution", "_convolution": "convolution", "convolution_backward": "convolution",
 }  # fmt: skip
 NO_WORK = {"_fused_sdp_choice"}  # chooses a kernel
@@ -34,25 +33,19 @@ def attention_backward_flops(grad_out, query, key, value, *args, **kwargs):
     return 2 * B * H * T * key.shape[2] * (3 * D + 2 * value.shape[3])
 
 
-def product_flops(x, weight, *args, **kwargs):
-    """oneDNN's linear layer: x (..., D), weight (O, D)."""
-    return 2 * x.numel() * weight.shape[0]
-
-
 def formulas():
     """{operator packet: function of the operator's arguments}."""
     from torch.utils.flop_counter import flop_registry
 
-    aten, onednn = torch.ops.aten, torch.ops.mkldnn
+    aten = torch.ops.aten
     ours = {}
-    for space, name, formula in (
-        (aten, "_scaled_dot_product_flash_attention_for_cpu", attention_flops),
-        (aten, "_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward_flops),
-        (onednn, "_linear_pointwise", product_flops),
+    for name, formula in (
+        ("_scaled_dot_product_flash_attention_for_cpu", attention_flops),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward_flops),
     ):
-        if hasattr(space, name):
+        if hasattr(aten, name):
             # torch's own take shapes and the result; these take the tensors
-            ours[getattr(space, name)] = lambda *args, out_val=None, formula=formula, **k: formula(*args, **k)
+            ours[getattr(aten, name)] = lambda *args, out_val=None, formula=formula, **k: formula(*args, **k)
     return {**flop_registry, **ours}
 
 

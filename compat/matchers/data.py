@@ -135,13 +135,11 @@ def row_image_tokens(change: Change) -> Hit | None:
 
 
 def packing(change: Change) -> Hit | None:
-    """Fires where a pack was made otherwise of rows that are the same."""
-    return Hit(change.old, change.new) if change.both and not _rows_differ(change) else None
+    """Fires where a pack was made otherwise, or there are more or fewer, of rows that are the same."""
+    return None if _rows_differ(change) else Hit(change.old, change.new)
 
 
 def packing_follows(change: Change) -> str | None:
-    if not change.both:
-        return None
     return "DATA.labels" if _rows_differ(change) else None
 
 

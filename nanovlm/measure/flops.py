@@ -8,7 +8,6 @@ What is no product of matrices (norms, activations, rotations) is counted by nei
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -116,15 +115,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return 2 * B * H * T * key[2] * (D + value[3])
 
 
-def _product(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Of a CPU's linear layer."""
-    return 2 * math.prod(x) * weight[0]
-
-
-FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.mkldnn._linear_pointwise: _product,
-}
+FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 def dispatched(run: Callable[[], Any]) -> dict[str, int]:

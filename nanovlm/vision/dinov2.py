@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ImageError
-from nanovlm.layers import Linear, draw_weights, joined, spread
+from nanovlm.layers import draw_weights, joined, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Rule
 
@@ -72,8 +72,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout = cfg.vit_n_heads, cfg.vit_dropout
-        self.qkv_proj = Linear(cfg.vit_hidden_dim, 3 * cfg.vit_hidden_dim)
-        self.out_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.qkv_proj = nn.Linear(cfg.vit_hidden_dim, 3 * cfg.vit_hidden_dim)
+        self.out_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         N, T, D = x.shape
@@ -87,8 +87,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.dropout = cfg.vit_dropout
-        self.fc1 = Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
-        self.fc2 = Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
+        self.fc1 = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.fc2(again(F.gelu, self.fc1(x))), self.dropout, self.training)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import Linear, draw_weights, gated, joined, rotate, spread
+from nanovlm.layers import draw_weights, gated, joined, rotate, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import Rule
 
@@ -116,10 +116,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout = cfg.vit_n_heads, cfg.vit_dropout
-        self.q_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
-        self.k_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim, bias=False)
-        self.v_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
-        self.out_proj = Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.q_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.k_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
+        self.out_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         N, T, D = x.shape
@@ -138,9 +138,9 @@ class MLP(nn.Module):
     def __init__(self, cfg: VLMConfig) -> None:
         super().__init__()
         self.dropout = cfg.vit_dropout
-        self.gate_proj = Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim) if cfg.vit_gated_mlp else None
-        self.up_proj = Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
-        self.down_proj = Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
+        self.gate_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim) if cfg.vit_gated_mlp else None
+        self.up_proj = nn.Linear(cfg.vit_hidden_dim, cfg.vit_inter_dim)
+        self.down_proj = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)

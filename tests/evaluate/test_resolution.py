@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nanovlm import VisionLanguageModel, cli, preset
 from nanovlm.measure import flops
 from nanovlm.slimming import slim
+from nanovlm.vision.siglip import Siglip
 from nanovlm.vlm import with_hub_sizes  # noqa: F401  (importable beside it)
 from tests.model.helpers import scale, tiny_model
 
@@ -49,6 +50,14 @@ def test_the_table_of_siglip_is_interpolated_over_its_square():
     square = table.transpose(1, 2).unflatten(2, (8, 8))
     wanted = F.interpolate(square, size=(4, 4), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
     assert torch.allclose(model.vision_encoder.patch_embedding.position_embedding, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_frozen_table_stays_frozen(trained):
+    encoder = Siglip(preset("tiny")).requires_grad_(trained)
+    encoder.resize_positions(2)
+    table = encoder.patch_embedding.position_embedding
+    assert (table.shape[1], table.requires_grad) == (4, trained)
 
 
 def test_the_table_of_dinov2_stays_and_is_read_at_another_size():

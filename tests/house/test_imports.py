@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "registry": PLAIN,
     "presets": PLAIN,
     "recompute": PLAIN,
-    "loss": PLAIN | {"layers"},
+    "loss": PLAIN,
     "layers": PLAIN | {"recompute"},
     "cache": PLAIN,
     "checkpoint": PLAIN,

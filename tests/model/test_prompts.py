@@ -68,8 +68,10 @@ def test_a_grid_beyond_the_extra_tokens_is_refused():
         image_string(tokenizer_of(), [(1, 9)], 1)
 
 
-def test_upstreams_name_is_the_same_function():
-    assert get_image_string is image_string
+def test_upstreams_names_give_the_same_text():
+    tokenizer = tokenizer_of()
+    ours = image_string(tokenizer, [(2, 1), (1, 1)], 4)
+    assert get_image_string(tokenizer, splitted_image_counts=[(2, 1), (1, 1)], mp_image_token_length=4) == ours != ""
 
 
 # -- words that look special ----------------------------------------------------------------------------
