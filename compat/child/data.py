@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 
 import torch
 
 from . import probe
 from .adapters.configs import config_values, fitting
 from .protocol import NotSupported, theirs
+
+COPIES = 8  # of the rows that are packed: a packer that spreads few documents leaves each alone
 
 
 def image_processor(subject, adapter):
@@ -98,7 +101,8 @@ def collate(subject, adapter, dataset_class, collator_class, rows, process):
 
 def packs(subject, adapter, dataset_class, collator_class, rows, process):
     """Packs of all rows, read back: of the collator's ``packed``, else of the data set that makes them."""
-    dataset, items, collator = encoded(adapter, dataset_class, collator_class, rows, process)
+    dataset, items, collator = encoded(adapter, dataset_class, collator_class, rows * COPIES, process)
+    items = items[: len(rows)]
     if hasattr(collator, "packed"):
         with theirs():
             return read_back(adapter, collator.packed([items]), rows)
@@ -106,10 +110,15 @@ def packs(subject, adapter, dataset_class, collator_class, rows, process):
     if packing is None:
         raise NotSupported("the target has no ConstantLengthDataset, and its collator no packed()")
     length = sum(len(item["input_ids"]) + 1 for item in items)
-    limits = {"infinite": False, "max_sample_length": length, "seq_length": length, "num_of_sequences": 2}
+    limits = {"infinite": False, "max_sample_length": length, "seq_length": length, "num_of_sequences": COPIES}
     with theirs():
-        made = list(packing(**fitting(packing.__init__, {"dataset": dataset, **limits})))
-    made.sort(key=lambda pack: [int(token) for token in pack["input_ids"]])  # some shuffle them by no seed of ours
+        packs_of = packing(**fitting(packing.__init__, {"dataset": dataset, **limits}))
+        made = list(itertools.islice(packs_of, len(rows) * COPIES + 1))
+    if len(made) > len(rows) * COPIES:
+        raise NotSupported("its packs never end")
+    # each kind of pack once, in one order: some shuffle them by no seed of ours
+    kinds = {tuple(int(token) for token in pack["input_ids"]): pack for pack in made}
+    made = [kinds[ids] for ids in sorted(kinds)]
     batch = {name: [pack[name] for pack in made] for name in ("input_ids", "labels", "attention_mask", "images")}
     return read_back(adapter, batch, rows)
 

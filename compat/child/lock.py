@@ -406,7 +406,7 @@ def stretch(model, larger):
 
     from . import probe
 
-    small = dict(model.named_parameters())
+    small = dict(model.named_parameters(remove_duplicate=False))  # a tied one may be untied in the other
     with torch.no_grad():
         for name, parameter in larger.named_parameters():
             whole = small.get(name)

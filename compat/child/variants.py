@@ -89,7 +89,7 @@ class VariantQuestions:
     def ask_lock_choices(self, adapter, rows):
         """Logits under the config's other choices: each switch alone, and fields that list their values as a Literal.
 
-        Of those every combination; what the config, the model or a pass refuses has no entry.
+        Of those every combination, where they are few. A case is named by what it changes; one that fails says how.
         """
         import torch
 
@@ -102,8 +102,10 @@ class VariantQuestions:
         if math.prod(map(len, choices.values())) <= MOST_CHOICES:
             tried += [dict(zip(choices, chosen)) for chosen in itertools.product(*choices.values())]
         for named in tried:
-            if all(values[name] == value for name, value in named.items()):
+            named = {name: named[name] for name in sorted(named) if values[name] != named[name]}
+            if not named:
                 continue
+            case = "choice " + " ".join(f"{name}={value}" for name, value in named.items())
             other = copy.copy(adapter)
             try:
                 other.config = adapter.changed_config(named)
@@ -112,9 +114,9 @@ class VariantQuestions:
                 stretch(adapter.model, other.model)
                 with torch.no_grad():
                     logits = torch.cat([row.reshape(-1) for row in other.logits(other.batch(rows, "none"))])
-            except Exception:  # of any type: the target's way to say no
+            except Exception as error:  # of any type: the target's way to say no
+                facts[case + ".error"] = type(error).__name__
                 continue
-            case = "choice " + " ".join(f"{name}={value}" for name, value in named.items())
             facts[case + ".logits"], facts[case + ".rms"] = sketch(logits), rms(logits)
         return {"facts": facts}
 

@@ -120,7 +120,7 @@ def derived_follows(change: Change) -> str | None:
 def schedule_follows(change: Change) -> str | None:
     """Another length or rate of the run, of which the schedule is made, is told of that default."""
     for name, old, new in change.pair.both("train_config.field"):
-        told = any(word in name for word in ("step", "warm", "lr"))
+        told = name in ("max_training_steps", "epochs") or name.startswith("lr_") or "warm" in name
         if told and not same(part(old, "default"), part(new, "default")):
             return "TRAIN.default"
     return derived_follows(change)

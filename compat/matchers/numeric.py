@@ -47,20 +47,6 @@ def logits(rule: str):
     return matcher
 
 
-def choices(change: Change) -> Hit | None:
-    """Other logits under a choice of the config, or none any more though its fields are still there."""
-    if change.removed:
-        return Hit("works", "refused") if change.name.endswith(".logits") and _choosable(change) else None
-    return logits("NUMERIC.choices")(change)
-
-
-def _choosable(change: Change) -> bool:
-    """Whether B's config has every field of the choice that a case is named after."""
-    case = change.name.rpartition(".")[0]
-    fields = change.pair.of_b.get("config.field", {})
-    return case.startswith("choice ") and all(name.partition("=")[0] in fields for name in case.split()[1:])
-
-
 def _sketch_differs(change: Change, case: str) -> bool:
     old, new = (side.get(f"numbers.{case}.logits") for side in (change.pair.a, change.pair.b))
     return not same(old, new)
@@ -119,8 +105,8 @@ def measured(change: Change, *quantity: str) -> Hit | None:
 
 def numbers_follow(change: Change) -> str | None:
     case, _, fact = change.name.rpartition(".")
-    if case.startswith("choice ") and not change.both:  # what was added, or lost with its field, is told of the field
-        return None if fact == "logits" and change.removed and _choosable(change) else ""
+    if case.startswith("choice ") and not change.both:
+        return ""  # what is chosen by default now, or lies in another field's hands, is told of the field
     if not change.both or fact not in ("logits", "rms", "loss", "off_fp32"):
         return None
     apart = {"loss": loss, "off_fp32": rounding}.get(fact)
@@ -373,7 +359,6 @@ LOGITS = {"NUMERIC.logits": logits("NUMERIC.logits"), **{rule: logits(rule) for 
 RULES = {
     "numbers": {
         **LOGITS,
-        "NUMERIC.choices": choices,
         "NUMERIC.bf16": bf16,
         "NUMERIC.not_comparable": not_comparable,
         "NUMERIC.loss": loss,

@@ -126,26 +126,28 @@ def layer_step(
     return x + product(F.silu(product(y, gate)) * product(y, up), down)
 
 
-PACKING_PAYS = 16  # tokens: to pack takes as long as packed weights save in eight
+PACKING_PAYS = 8  # tokens: what packed weights save in them is what packing takes
 
 
 class Cache(KVCache):
     """It keeps the layers' weights at hand, too: to look them up again at every token takes a while.
 
-    On a CPU, weights in bfloat16 are packed for an answer of some length. A cache lives as long as its answer, so
+    On a CPU, weights in bfloat16 are packed once an answer has some length. A cache lives as long as its answer, so
     no packed weight outlives a change of the model's.
     """
 
     weights: list[tuple[Tensor, ...]] | None = None
-    is_packed = False
+    steps = 0
 
-    def pack(self) -> None:
-        """Once, when the answer is about to begin: pack the matrices if that pays."""
-        self.is_packed = True
-        first = self.weights[0][0] if self.weights else None
-        if first is not None and first.dtype == torch.bfloat16 and first.device.type == "cpu":
-            if self.capacity - self.length >= PACKING_PAYS:
-                self.weights = [tuple(packed(w) if w.dim() == 2 else w for w in layer) for layer in self.weights or ()]
+    def step(self) -> list[tuple[Tensor, ...]]:
+        """The weights for the next token; the matrices are packed when as many tokens are written as that takes."""
+        weights = self.weights or []
+        if self.steps == PACKING_PAYS and self.capacity - self.length >= PACKING_PAYS:
+            first = weights[0][0]
+            if first.dtype == torch.bfloat16 and first.device.type == "cpu":
+                weights = self.weights = [tuple(packed(w) if w.dim() == 2 else w for w in layer) for layer in weights]
+        self.steps += 1
+        return weights
 
 
 class Llama(Stack):
@@ -217,9 +219,7 @@ class Llama(Stack):
         layers: Iterable[tuple[Tensor, Tensor]] = cache.layers
         compiled = self.compiled_step if len(x) == 1 or x.device.type != "cpu" else None  # several rows gain nothing
         if compiled is None:
-            if not cache.is_packed:
-                cache.pack()
-                weights = cache.weights or weights
+            weights = cache.step()
             step, layers = layer_step, ((k.narrow(2, 0, end), v.narrow(2, 0, end)) for k, v in layers)
         else:
             # the whole cache, whose shape never changes, and a mask over what is in use
@@ -239,7 +239,7 @@ class Llama(Stack):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of at least ``capacity`` positions."""
         weight = self.norm.weight
-        if self.compiled_step is not None:
+        if self.compiled_step is not None and (batch == 1 or weight.device.type != "cpu"):
             capacity = -(-capacity // 256) * 256
         cache = Cache(
             len(self.blocks),

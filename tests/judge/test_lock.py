@@ -165,6 +165,8 @@ def test_only_what_our_model_refuses_or_lacks_is_no_answer(ours):
     paths = {path for path, value in ours["facts"].items() if not is_answer(value)}
     assert paths <= {"greedy.uncached"}
     errors = {path: value for path, value in ours["facts"].items() if path.endswith(".error")}
+    chosen = {errors.pop(path) for path in list(errors) if path.startswith("numbers.choice ")}
+    assert chosen <= {"ConfigError"}
     assert errors == {"numbers.past_longest.error": "PromptTooLong", "numbers.wide_picture.error": "ImageError"}
     refused = {path: value for path, value in ours["facts"].items() if path.startswith("refusals.")}
     assert len(refused) == 4 and "accepted" not in refused.values(), refused
