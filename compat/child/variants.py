@@ -24,6 +24,7 @@ SHOWN = 8  # probabilities of a draw
 STRENGTH = 0.5  # of dropout
 SEEDS = 12
 SCHEDULES, OPTIMIZERS = ("learning_rate", "get_lr"), ("make_optimizer", "get_optimizer", "configure_optimizers")
+RUN = 1000  # steps of the run whose schedule is asked
 MOST_CHOICES = 32  # combinations of a config's choices that are tried
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0)
 
@@ -201,16 +202,19 @@ class VariantQuestions:
 
     def ask_lock_rates(self, adapter):
         """The schedule's values at shares of a run, and the learning rate of each parameter, by the training config."""
-        from .adapters.configs import blank, config_values
+        from .adapters.configs import blank, config_values, make_config
 
         if self.subject.found.train_config is None:
             raise NotSupported("no training config class was found")
         config = blank(self.subject.load(self.subject.found.train_config))
+        values = config_values(config)
+        if "max_training_steps" in values:  # a run of one length: its default is a fact of its own
+            config = make_config(type(config), {**values, "max_training_steps": RUN})
         told = {"cfg": config, "config": config, "train_cfg": config}
-        facts, steps = {}, config_values(config).get("max_training_steps") or 1000
+        facts = {}
         for share in SHARES:
-            step = int(share * steps)
-            known = {**told, "step": step, "it": step, "peak": 1.0, "max_lr": 1.0, "max_steps": steps}
+            step = int(share * RUN)
+            known = {**told, "step": step, "it": step, "peak": 1.0, "max_lr": 1.0, "max_steps": RUN}
             for rate in self.called(SCHEDULES, known):
                 facts[f"schedule.{share:.0%}"] = float(rate)
         for optimizer in self.called(OPTIMIZERS, {**told, "model": adapter.model}):

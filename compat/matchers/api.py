@@ -117,15 +117,6 @@ def derived_follows(change: Change) -> str | None:
     return "" if change.added else None
 
 
-def schedule_follows(change: Change) -> str | None:
-    """Another length or rate of the run, of which the schedule is made, is told of that default."""
-    for name, old, new in change.pair.both("train_config.field"):
-        told = name in ("max_training_steps", "epochs") or name.startswith("lr_") or "warm" in name
-        if told and not same(part(old, "default"), part(new, "default")):
-            return "TRAIN.default"
-    return derived_follows(change)
-
-
 def rate_follows(change: Change) -> str | None:
     """A parameter that came, went or goes by another name has another rate because of that."""
     return change.pair.causes.get(change.name) or ("" if change.added else None)
@@ -411,7 +402,7 @@ FOLLOWS = {
     "config.effect": effect_follows,
     "config.derived": derived_follows,
     "train_config.derived": derived_follows,
-    "train_config.schedule": schedule_follows,
+    "train_config.schedule": derived_follows,
     "train_config.rate": rate_follows,
     "signature": call_follows,
     "returns": returns_follow,

@@ -135,16 +135,18 @@ def row_image_tokens(change: Change) -> Hit | None:
 
 
 def packing(change: Change) -> Hit | None:
-    """Fires where a pack was made otherwise, or there are more or fewer, of rows that are the same."""
-    return None if _rows_differ(change) else Hit(change.old, change.new)
+    """A pack that was made otherwise, or is one more or less, of rows that are the same."""
+    return Hit(change.old, change.new)
 
 
 def packing_follows(change: Change) -> str | None:
-    return "DATA.labels" if _rows_differ(change) else None
-
-
-def _rows_differ(change: Change) -> bool:
-    return any(not same(old, new) for _, old, new in change.pair.both("data"))
+    """Packs of rows that are themselves others are told where the rows are."""
+    for name, old, new in change.pair.both("data"):
+        row = Change(f"data.{name}", "data", name, old, new, change.pair)
+        for rule, matcher in RULES["data"].items():
+            if not same(old, new) and matcher(row):
+                return rule
+    return None
 
 
 RULES = {

@@ -177,3 +177,14 @@ def test_a_change_that_no_rule_names_is_still_told(what, grown, rules):
         "key": ("state.w", KEY),
     }[what]  # fmt: skip
     assert fired({path: value}, {path: grown}) == rules
+
+
+def test_a_pack_of_rows_that_teach_nothing_is_told_where_the_rows_are():
+    row = {"supervised": 4, "labels_text": "red", "shift": 1, "image_tokens": 4, "features": 4}
+    silent = row | {"supervised": 0, "labels_text": "", "shift": None}
+    pack = {"supervised": 4, "documents": [[1, 9]]}
+    found = judged(
+        {"data.0": row, "packed.0": pack}, {"data.0": silent, "packed.0": pack | {"supervised": 0}}
+    ).findings
+    assert [finding.rule for finding in found] == ["DATA.no_labels"]
+    assert "packed.0" in found[0].also
