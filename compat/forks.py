@@ -98,24 +98,38 @@ class Bench:
         self.folder, self.only = self.copy.target.folder, only
         self.pool = ThreadPoolExecutor(workers or processors())
         self.mine, self.guard = threading.local(), threading.Lock()
+        self.guards: dict[str, threading.Lock] = {}
         self.opened: list[Forks | Copy] = [self.copy]
         self.bases: dict[str, tuple[dict, list[str], float]] = {}
         self.preload: list[str] = []  # known from the first lock on
-        self.unchanged = Forks(self.copy.target, **options)
 
     def base(self, combo: Combo) -> tuple[dict, list[str], float]:
         """(lock, files of the target that were imported, seconds) of the unchanged code. Raises as Forks.lock."""
         with self.guard:
+            mine = self.guards.setdefault(combo.name, threading.Lock())
+            if not self.preload:
+                with contextlib.closing(Forks(self.copy.target, **self.options)) as first:
+                    self.preload = self._base(first, combo)["others"]
+        with mine:
             if combo.name not in self.bases:
-                with self.unchanged.of(self.copy.target, self.limit_s) as forks:
-                    began = time.monotonic()
-                    made, loaded = lock.make(forks, combo), forks.loaded()
-                    self.bases[combo.name] = made, loaded["mine"], time.monotonic() - began
-                if not self.preload:
-                    self.unchanged.close()
-                    self.preload = loaded["others"]
-                    self.unchanged = Forks(self.copy.target, self.preload, **self.options)
+                self._base(self._own()[0], combo)
             return self.bases[combo.name]
+
+    def _base(self, forks: Forks, combo: Combo) -> dict[str, list[str]]:
+        with forks.of(self.copy.target, self.limit_s):
+            began = time.monotonic()
+            made, loaded = lock.make(forks, combo), forks.loaded()
+        self.bases[combo.name] = made, loaded["mine"], time.monotonic() - began
+        return loaded
+
+    def _own(self) -> tuple[Forks, Copy]:
+        """The calling thread's process, and its copy, whose files it may change."""
+        if not hasattr(self.mine, "pair"):
+            copy = Copy(self.copy.target, self.only)
+            self.mine.pair = Forks(copy.target, self.preload, **self.options), copy
+            with self.guard:
+                self.opened += self.mine.pair
+        return self.mine.pair
 
     def files(self, combo: Combo) -> list[str]:
         """The target's files that a lock of this combo uses; none where the target has no such combo."""
@@ -128,21 +142,17 @@ class Bench:
     def compared(self, files: Mapping[str, str], combo: Combo, limit_s: float) -> Comparison:
         """What the change of some files' text changes. Called by threads of the pool. Raises NotJudged."""
         made, _, _ = self.base(combo)
-        if not hasattr(self.mine, "copy"):
-            self.mine.copy = Copy(self.copy.target, self.only)
-            self.mine.forks = Forks(self.mine.copy.target, self.preload, **self.options)
-            with self.guard:
-                self.opened += [self.mine.forks, self.mine.copy]
+        forks, copy = self._own()
         began = time.monotonic()
         try:
-            with self.mine.copy.changed(files) as target:
-                return compare(made, self.mine.forks.lock(target, combo, limit_s))
+            with copy.changed(files) as target:
+                return compare(made, forks.lock(target, combo, limit_s))
         except (CouldNotAsk, lock.LockFailed) as error:
             raise NotJudged(str(error), time.monotonic() - began >= limit_s) from None
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-        for each in (self.unchanged, *self.opened):
+        for each in self.opened:
             each.close()
 
     def __enter__(self) -> Bench:

@@ -23,6 +23,7 @@ SCHEMA = 1
 DIGITS = 9
 LONGEST = 1024  # positions from which a row as long as the model allows takes minutes on a CPU
 NEW_TOKENS = 12
+COUNTED_TOKENS = 6  # of a generation whose FLOPs are counted: what is made anew each token shows in few
 STEPS = 10
 RATE = 0.1  # of plain SGD: the curve has to move in ten steps
 IMAGE, IGNORED = -1, -100
@@ -271,8 +272,10 @@ class Asker:
         }
         for case, parameters in cases.items():
             self.section(f"greedy.{case}", "lock_greedy", max_new_tokens=NEW_TOKENS, **parameters)
-        self.section("greedy.ending", "lock_ending", rows=self.batch(), max_new_tokens=NEW_TOKENS)
-        self.section("greedy.stopped", "lock_stopped", rows=self.batch(), max_new_tokens=NEW_TOKENS)
+        plain = self.facts.get("greedy.left_padded", {}).get("ids")  # of the same rows
+        for case, question in (("ending", "lock_ending"), ("stopped", "lock_stopped")):
+            same = {"rows": self.batch(), "max_new_tokens": NEW_TOKENS, "plain": plain}
+            self.section(f"greedy.{case}", question, **same)
         for case, options in SAMPLING.items():
             self.section(f"sampling.{case}", "lock_sampling", rows=one, options=options)
         self.section("sampling.bf16", "lock_sampling", rows=one, options={}, bf16=True)
@@ -299,7 +302,7 @@ class Asker:
         self.facts["cost.parameters"] = self.model["parameters"] if self.model else self.no_model
         answer = self.ask("lock_flops", rows=rows)
         self.keep("cost.flops" if isinstance(answer, Failed) else "cost", answer)
-        answer = self.ask("lock_generation_flops", rows=rows[:1], max_new_tokens=NEW_TOKENS)
+        answer = self.ask("lock_generation_flops", rows=rows[:1], max_new_tokens=COUNTED_TOKENS)
         self.keep("cost.flops.generate" if isinstance(answer, Failed) else "cost", answer)
         for step in ("forward", "train"):
             answer = self.ask("memory", rows=rows, step=step)
@@ -324,7 +327,10 @@ class Failed:
 # -- facts ------------------------------------------------------------------------------------------------
 
 # An address in a repr, and the private home each child gets, differ from run to run.
-_VARYING = ((re.compile(r"0x[0-9a-fA-F]{6,}"), "0x"), (re.compile(r"[^\s'\"]*compat-home-[^/\s'\"]*"), "~"))
+_VARYING = (
+    ("0x", re.compile(r"0x[0-9a-fA-F]{6,}"), "0x"),
+    ("compat-home-", re.compile(r"[^\s'\"]*compat-home-[^/\s'\"]*"), "~"),
+)
 
 
 def tidy(value, folder: str):
@@ -340,8 +346,8 @@ def tidy(value, folder: str):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
     if isinstance(value, str):
         value = value.replace(folder, ".")
-        for pattern, instead in _VARYING:
-            value = pattern.sub(instead, value)
+        for mark, pattern, instead in _VARYING:
+            value = pattern.sub(instead, value) if mark in value else value
     return value
 
 

@@ -151,8 +151,14 @@ def function_names(tree):
 
 def read_classes(path, tree):
     """A Class for each top-level class of the module."""
+    return [Class(path, *rest) for rest in classes_of(tree)] if tree is not None else []
+
+
+@functools.lru_cache(maxsize=None)  # of a tree that `parsed` keeps
+def classes_of(tree):
+    """(name, methods, fields, attributes, bases) of each top-level class; nobody may change them."""
     found = []
-    for node in tree.body if tree is not None else ():
+    for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
         methods, fields, attributes = {}, [], set()
@@ -168,7 +174,7 @@ def read_classes(path, tree):
         if "forward" not in methods:
             fields += sorted(attributes)  # a plain config class sets its fields in __init__
         bases = [ast.unparse(base) for base in node.bases] if hasattr(ast, "unparse") else []
-        found.append(Class(path, node.name, methods, fields, attributes, bases))
+        found.append((node.name, methods, fields, attributes, bases))
     return found
 
 

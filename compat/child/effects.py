@@ -1,18 +1,20 @@
 """Which fields of a config do anything: each is changed a little, and what can be seen is looked at again.
 
 Unusual: looks are compared bit by bit, as digests, because the same sums on one machine give the same bits; a
-look that differs from itself says nothing and is left out. A field is done at the first look that differs.
+look that differs from itself says nothing and is left out. A field is done at the first look that differs. What
+was made before a field is first read cannot tell it, and is not made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 
 import torch
 
 from . import hub, probe
-from .adapters.configs import config_values, field_names, make_config
+from .adapters.configs import config_values, field_names, make_config, noted_reads
 from .data import image_processor, image_string_tokens
 from .lock import chat_ids
 from .protocol import NotSupported
@@ -25,6 +27,7 @@ PROCESSOR_FIELDS = ("max_img_size", "resize_to_max_side_len", "vit_img_size")
 ABSENT = "compat/absent"  # a repository that the stand-in Hub does not have
 PICTURES = ((170, 90), (20, 20))  # larger and smaller than what a tiny model makes of them
 LOOKS = ("state", "logits", "loss", "training", "tokenizer", "processor", "generation", "long row")
+WITH_WEIGHTS = ("logits", "loss", "training", "generation", "long row")
 NEW_TOKENS = 4
 INSTEAD_OF_NONE = (("int", [1]), ("float", [0.25, 2.0]), ("bool", [True]), ("str", ["x"]))
 
@@ -40,21 +43,40 @@ class Seen:
         self.tokens = " ".join(map(str, (config_values(adapter.config).get("vlm_extra_tokens") or {}).values()))
         self.adapter = copy.copy(adapter)
         self.adapter.supply_hub_files = lambda config: None  # an absent repository stays absent
-        self.rows, self.long_row, self.digests = rows, long_row, {}
-        probe.seed(0)
+        self.rows, self.long_row, self.digests, self.filled = rows, long_row, {}, False
+        self.read = set()  # names of fields, once it was looked at from all sides
         try:
             self.adapter.config = make_config(type(adapter.config), values)
-            self.adapter.model = self.adapter.build_model(self.adapter.config).to(adapter.device).eval()
         except Exception as error:  # of any type: it is the target's way to say no
             raise Refused from error
-        self.digests["state"] = state_digest(self.adapter.model)
-        probe.fill(self.adapter.model)
+
+    def built(self):
+        """Itself, with a model."""
+        probe.seed(0)
+        try:
+            self.adapter.model = self.adapter.build_model(self.adapter.config).to(self.adapter.device).eval()
+        except Exception as error:  # of any type: it is the target's way to say no
+            raise Refused from error
+        return self
 
     def look(self, what):
-        """The digest of one look, or the name of what it raised."""
+        """The digest of one look, or the name of what it raised; "state" before those that need weights."""
         if what not in self.digests:
+            if what in WITH_WEIGHTS and not self.filled:
+                self.filled = True
+                probe.fill(self.adapter.model)
             self.digests[what] = outcome(getattr(self, "look_at_" + what.replace(" ", "_")))
         return self.digests[what]
+
+    def only(self, name, other):
+        """Whether this config and another Seen's differ in one field at most."""
+        with contextlib.suppress(Exception):  # of the target: values that cannot be compared
+            mine, others = vars(self.adapter.config), vars(other.adapter.config)
+            return mine.keys() == others.keys() and all(v == others[n] for n, v in mine.items() if n != name)
+        return False
+
+    def look_at_state(self):
+        return state_digest(self.adapter.model)
 
     def look_at_logits(self):
         with torch.no_grad():
@@ -103,7 +125,12 @@ def effects(subject, adapter, rows, long_row):
     """{field: "changes", "raises TYPE" where it only does that, "nothing", "refused" or "not tried"} of every field."""
     values = config_values(adapter.config)
     first, second = (Seen(adapter, values, rows, long_row) for _ in range(2))
-    looks = [what for what in LOOKS if first.look(what) == second.look(what)]
+    with noted_reads(type(adapter.config)) as read:
+        first.built()
+        reads = {what: set(read) for what in LOOKS if first.look(what)}  # by the end of each look
+        first.read = set(read)
+    second.built()
+    looks = {what: reads[what] for what in LOOKS if first.look(what) == second.look(what)}
     unseen = first.look("processor") == "unsupported"
     found = {}
     for name in field_names(type(adapter.config)):
@@ -121,7 +148,7 @@ def effects(subject, adapter, rows, long_row):
 
 
 def effect(adapter, name, values, first, looks):
-    """The word for one field."""
+    """The word for one field. looks: {look: names read by its end}."""
     kind = type(adapter.config)
     tried = [value for value in literals(kind).get(name, ()) if value != values[name]]
     tried = tried or changed_values(name, values[name], getattr(kind, "__annotations__", {}).get(name))
@@ -129,11 +156,18 @@ def effect(adapter, name, values, first, looks):
     for value in tried:
         try:
             seen = Seen(adapter, {**values, name: value}, first.rows, first.long_row)
+            alone = seen.only(name, first)
+            if not alone or name in first.read:
+                seen.built()
         except Refused:
             continue
         word = NOTHING if word in (REFUSED, NOTHING) else word
         whole = isinstance(value, int) and not isinstance(value, bool)  # only a count can bound a row's length
-        for what in looks if whole else [look for look in looks if look != "long row"]:
+        for what, read in looks.items():
+            if what == "long row" and not whole:
+                continue
+            if alone and name not in read:
+                continue
             now = seen.look(what)
             if now != first.look(what):
                 if not now.startswith(RAISES):
@@ -193,7 +227,7 @@ def fresh_tokenizer_shows(adapter, name, values, first):
         repository = f"compat/fresh-{name}-{number}".replace("_", "-")
         hub.add_repository(repository, "tokenizer")
         try:
-            seen = Seen(adapter, {**values, name: value, tokenizers[0]: repository}, first.rows, first.long_row)
+            seen = Seen(adapter, {**values, name: value, tokenizers[0]: repository}, first.rows, first.long_row).built()
         except Refused:
             return True
         texts.append(seen.look("tokenizer"))

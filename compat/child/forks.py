@@ -12,7 +12,8 @@ import importlib
 import os
 import sys
 
-from .discover import parse, python_files
+from .discover import parse, python_files, read_classes
+from .scripts import flags
 
 QUESTIONS = ("preload", "fork", "join", "loaded")
 
@@ -38,8 +39,10 @@ def answer(request, folder):
         for name in request["parameters"]["modules"]:
             with contextlib.suppress(Exception):  # what cannot be imported now is imported by whom it concerns
                 importlib.import_module(name)
-        for path in python_files(os.path.realpath(request["parameters"]["folder"])):
-            parse(path)
+        folder = os.path.realpath(request["parameters"]["folder"])
+        for path in python_files(folder):
+            read_classes(path, parse(path))
+        flags(folder, "")
     if request["question"] == "loaded":
         return loaded(os.path.realpath(folder) + os.sep)
     return {}

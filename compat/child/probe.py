@@ -58,19 +58,26 @@ def fill(model):
     A parameter that goes by other names in the state dict (one that joins several) is filled by those names.
     """
     state = model.state_dict()
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if not known <= set(state):
-        others = {name: tensor for name, tensor in state.items() if name not in known | buffers}
-        model.load_state_dict({name: draw(name, tensor.shape) for name, tensor in others.items()}, strict=False)
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if not named.keys() <= state.keys():
+        known = named.keys() | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        others = {name: draw(name, tensor.shape) for name, tensor in state.items() if name not in known}
+        model.load_state_dict(others, strict=False)
+    filled = set()
+    for name, parameter in named.items():
         parameter.grad = None
-        if parameter.is_floating_point() and name in state:
+        if id(parameter) not in filled and parameter.is_floating_point() and name in state:
+            filled.add(id(parameter))  # by the first of its names, where it is tied
             parameter.copy_(draw(name, parameter.shape))
 
 
 def picture(number, size):
     """Pixels of picture ``number``: float32 (3, size, size) in [0, 1], smooth shapes plus noise."""
+    return _picture(number, size).clone()  # a target may write into what it is given
+
+
+@functools.lru_cache(maxsize=16)
+def _picture(number, size):
     noise = torch.rand((3, size, size), generator=generator(f"picture {number}"))
     ramp = torch.linspace(0, 1, size)
     waves = torch.stack([(ramp[:, None] * (number + c + 1) * 3 + ramp[None] * 2).sin() for c in range(3)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 
 from .discover import MAX_BYTES, parse, python_files
@@ -45,8 +46,9 @@ def runs(tree):
     return any(isinstance(node, ast.If) and "__main__" in ast.dump(node.test) for node in tree.body)
 
 
+@functools.lru_cache(maxsize=None)  # of a tree that `parsed` keeps
 def flags_of(tree):
-    """[(flag, value)] of a module's add_argument calls, in the order of the source."""
+    """[(flag, value)] of a module's add_argument calls, in the order of the source; nobody may change it."""
     constants = {
         node.targets[0].id: node.value
         for node in tree.body

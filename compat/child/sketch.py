@@ -10,6 +10,7 @@ import functools
 import zlib
 
 PROJECTIONS = 16
+SMALL = 1 << 13  # numbers of a tensor whose signs are kept
 
 
 def sketch(tensor):
@@ -19,10 +20,20 @@ def sketch(tensor):
     values = tensor.detach().double().cpu().reshape(-1).numpy()
     if not values.size:
         return []
-    signs = projections(tuple(tensor.shape))
+    small = values.size <= SMALL
+    signs = (kept_projections if small else projections)(tuple(tensor.shape))
     with numpy.errstate(invalid="ignore", over="ignore"):
         # sums by numpy, not BLAS: whose order of summation depends on the machine
-        return [float(numpy.where(row, values, -values).sum() / values.size**0.5) for row in signs]
+        if small:
+            sums = numpy.where(signs, values, -values).sum(axis=1)
+        else:
+            sums = numpy.array([numpy.where(row, values, -values).sum() for row in signs])
+    return (sums / values.size**0.5).tolist()
+
+
+@functools.lru_cache(maxsize=1024)
+def kept_projections(shape):
+    return projections(shape)
 
 
 @functools.lru_cache(maxsize=8)  # of a full-size model each takes megabytes

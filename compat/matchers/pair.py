@@ -27,6 +27,7 @@ SECTIONS = (
 REMADE = {"shape": "LOAD.key_reshaped", "persistent": "LOAD.persistence", "dtype": "LOAD.dtype"}
 
 
+@cache
 def section_of(path: str) -> tuple[str, str]:
     """("config.field", "lm_hidden_dim"); a path of no section that we know is its own: ("", path)."""
     for section in SECTIONS:

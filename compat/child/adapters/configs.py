@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
+import sys
 
 from ..protocol import NotSupported, theirs
 
@@ -31,7 +34,7 @@ def fitting(function, by_name):
 def field_names(cls):
     """Field names of a config class: dataclass fields, else constructor arguments and class attributes."""
     if dataclasses.is_dataclass(cls):
-        return [f.name for f in dataclasses.fields(cls)]
+        return list(declared(cls))
     names = [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "args", "kwargs")]
     plain = [n for n, v in vars(cls).items() if not n.startswith("_") and not callable(v)]
     return list(dict.fromkeys(names + plain + list(vars(blank(cls)))))
@@ -69,7 +72,48 @@ def make_config(cls, values):
 
 
 def config_values(config):
-    """{field: value} of a config instance."""
+    """Values of a config instance."""
     if dataclasses.is_dataclass(config):
-        return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: getattr(config, name) for name in field_names(type(config)) if hasattr(config, name)}
+        return Values((name, getattr(config, name)) for name in declared(type(config)))
+    return Values((name, getattr(config, name)) for name in field_names(type(config)) if hasattr(config, name))
+
+
+class Values(dict):
+    """A config's values by field: looking one up is reading it, walking over all is not."""
+
+    read = set()  # names, of any config, since noted_reads began
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.read.add(name)
+        return super().get(name, default)
+
+
+@contextlib.contextmanager
+def noted_reads(kind):
+    """The names, as a set that grows, of what is read of configs of a class inside the block."""
+    own, reach = vars(kind).get("__getattribute__"), kind.__getattribute__
+
+    def noting(self, name):
+        if sys._getframe(1).f_globals is not globals():  # config_values collects
+            Values.read.add(name)
+        return reach(self, name)
+
+    Values.read.clear()
+    kind.__getattribute__ = noting
+    try:
+        yield Values.read
+    finally:
+        if own is None:
+            del kind.__getattribute__
+        else:
+            kind.__getattribute__ = own
+
+
+@functools.lru_cache(maxsize=16)  # every batch asks
+def declared(cls):
+    """Names of a dataclass's fields."""
+    return tuple(f.name for f in dataclasses.fields(cls))
