@@ -20,6 +20,7 @@ from nanovlm.recompute import again
 
 # Without AVX-512 or the like, torch multiplies bf16 matrices element by element, 8 times slower than float32.
 SLOW_BF16 = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+PACKS = torch.backends.mkldnn.is_available() and not SLOW_BF16
 FEW = 8
 MKL = torch.backends.mkl.is_available()
 PIECE = 1 << 18  # weights turned into float32 at once: 1 MB, which stays in the cache until it is used
@@ -71,9 +72,7 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A copy of a weight in the order in which the CPU's bfloat16 product reads it, for ``linear``; else itself."""
-    if SLOW_BF16 or not torch.backends.mkldnn.is_available():
-        return weight
+    """A copy of a bfloat16 weight in the order in which the CPU's product reads it, for ``linear``. Needs PACKS."""
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 

@@ -12,7 +12,7 @@ B rows, T positions, D width, H query heads, K key/value heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,18 @@ from torch import Tensor, nn
 from nanovlm.cache import KVCache
 from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
-from nanovlm.layers import Linear, RMSNorm, RotaryEmbedding, attend, draw_weights, gated, joined, linear, packed
+from nanovlm.layers import (
+    PACKS,
+    Linear,
+    RMSNorm,
+    RotaryEmbedding,
+    attend,
+    draw_weights,
+    gated,
+    joined,
+    linear,
+    packed,
+)
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import ROWS, Rule
 
@@ -83,17 +94,34 @@ class Block(nn.Module):
 PLAIN = (nn.ModuleList, Block, Attention, MLP, RMSNorm, Linear)
 
 
-def layer_weights(blocks: Any) -> list[tuple[Tensor, ...]] | None:
-    """What ``layer_step`` takes, of every layer; None where a module was replaced or is hooked."""
+class Weights(NamedTuple):
+    """What ``layer_step`` takes of a layer; qkv and gate_up are several matrices, or one of all their rows."""
+
+    norm1: Tensor
+    qkv: tuple[Tensor, ...]
+    out: Tensor
+    norm2: Tensor
+    gate_up: tuple[Tensor, ...]
+    down: Tensor
+
+    def packed(self) -> Weights:
+        """Copies of the matrices for ``product``, joined where they multiply the same."""
+        qkv, gate_up = (packed(torch.cat(several)) for several in (self.qkv, self.gate_up))
+        return Weights(self.norm1, (qkv,), packed(self.out), self.norm2, (gate_up,), packed(self.down))
+
+
+def layer_weights(blocks: Any) -> list[Weights] | None:
+    """The Weights of every layer; None where a module was replaced or is hooked."""
     if any(type(m) not in PLAIN or m._forward_hooks or m._forward_pre_hooks for m in blocks.modules()):
         return None
     return [
-        (
+        Weights(
             block.norm1.weight,
-            *(p.weight for p in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)),
+            tuple(p.weight for p in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)),
             block.attn.out_proj.weight,
             block.norm2.weight,
-            *(p.weight for p in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)),
+            (block.mlp.gate_proj.weight, block.mlp.up_proj.weight),
+            block.mlp.down_proj.weight,
         )
         for block in blocks
     ]
@@ -107,26 +135,32 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x, weight)
 
 
+def products(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """x (B, D) by several matrices, their outputs side by side."""
+    return product(x, weights[0]) if len(weights) == 1 else torch.cat([product(x, w) for w in weights], dim=-1)
+
+
 def layer_step(
     x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, at: Tensor, eps: float,
-    norm1: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm2: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+    weights: Weights,
 ) -> Tensor:  # fmt: skip
     """Block.forward of one token a row: x (B, D), cos and sin (B, 1, C) -> (B, D).
 
     Its key and value go into keys and values (B, K, S, C) at position ``at`` (1,); mask (B or 1, 1, 1, S).
     """
     B, (K, C) = len(x), (keys.shape[1], keys.shape[3])
-    y = F.rms_norm(x, norm1.shape, norm1, eps)
-    qk = torch.cat((product(y, q), product(y, k)), dim=-1).view(B, -1, C)
+    y = F.rms_norm(x, weights.norm1.shape, weights.norm1, eps)
+    qk, v = products(y, weights.qkv).view(B, -1, C).tensor_split((-K,), dim=1)
     qk = qk * cos + qk.roll(C // 2, -1) * sin
     keys.index_copy_(2, at, qk[:, -K:, None])
-    values.index_copy_(2, at, product(y, v).view(B, K, 1, C))
-    x = x + product(attend(qk[:, :-K, None], keys, values, mask).reshape(B, -1), out)
-    y = F.rms_norm(x, norm2.shape, norm2, eps)
-    return x + product(F.silu(product(y, gate)) * product(y, up), down)
+    values.index_copy_(2, at, v[:, :, None])
+    x = x + product(attend(qk[:, :-K, None], keys, values, mask).reshape(B, -1), weights.out)
+    y = F.rms_norm(x, weights.norm2.shape, weights.norm2, eps)
+    gate, up = products(y, weights.gate_up).chunk(2, dim=-1)
+    return x + product(F.silu(gate) * up, weights.down)
 
 
-PACKING_PAYS = 8  # tokens: what packed weights save in them is what packing takes
+PACKING_PAYS = 10  # tokens: what packed weights save in so many is most of what packing takes
 
 
 class Cache(KVCache):
@@ -136,16 +170,16 @@ class Cache(KVCache):
     no packed weight outlives a change of the model's.
     """
 
-    weights: list[tuple[Tensor, ...]] | None = None
+    weights: list[Weights] | None = None
     steps = 0
 
-    def step(self) -> list[tuple[Tensor, ...]]:
+    def step(self) -> list[Weights]:
         """The weights for the next token; the matrices are packed when as many tokens are written as that takes."""
         weights = self.weights or []
         if self.steps == PACKING_PAYS and self.capacity - self.length >= PACKING_PAYS:
-            first = weights[0][0]
-            if first.dtype == torch.bfloat16 and first.device.type == "cpu":
-                weights = self.weights = [tuple(packed(w) if w.dim() == 2 else w for w in layer) for layer in weights]
+            first = weights[0].norm1
+            if first.dtype == torch.bfloat16 and first.device.type == "cpu" and PACKS:
+                weights = self.weights = [layer.packed() for layer in weights]
         self.steps += 1
         return weights
 
@@ -211,7 +245,7 @@ class Llama(Stack):
         return self.norm(x)
 
     def _step(
-        self, embeds: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, weights: list
+        self, embeds: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, weights: list[Weights]
     ) -> Tensor:
         """``forward`` of one token a row."""
         x, cos, sin, end = embeds[:, 0], cos[:, 0], sin[:, 0], cache.length + 1
@@ -226,7 +260,7 @@ class Llama(Stack):
             step, seen = compiled, torch.arange(cache.capacity, device=x.device) < end
             mask = seen[None, None, None] if mask is None else F.pad(mask, (0, cache.capacity - end))
         for (keys, values), tensors in zip(layers, weights, strict=True):
-            x = step(x, cos, sin, mask, keys, values, at, self.cfg.lm_rms_eps, *tensors)
+            x = step(x, cos, sin, mask, keys, values, at, self.cfg.lm_rms_eps, tensors)
         return self.norm(x)[:, None]
 
     def compile_step(self) -> None:
