@@ -144,6 +144,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     )
 
 
+def gelu_of(module: nn.Linear, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
+    """activation(module(x)), F.gelu or gelu_tanh. In bfloat16 on a CPU one operator does both, and rounds once."""
+    plain = type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    bf16 = PACKS and x.dtype == module.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if not (plain and bf16) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return again(activation, module(x))
+    form = "tanh" if activation is gelu_tanh else "none"
+    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "gelu", [], form)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form."""
     return F.gelu(x, approximate="tanh")

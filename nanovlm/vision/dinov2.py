@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ImageError
-from nanovlm.layers import draw_weights, joined, spread
+from nanovlm.layers import draw_weights, gelu_of, joined, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Rule
 
@@ -91,7 +91,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.fc2(again(F.gelu, self.fc1(x))), self.dropout, self.training)
+        return F.dropout(self.fc2(gelu_of(self.fc1, x)), self.dropout, self.training)
 
 
 class Block(nn.Module):

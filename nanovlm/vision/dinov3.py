@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ConfigError, ImageError
-from nanovlm.layers import draw_weights, gated, joined, rotate, spread
+from nanovlm.layers import draw_weights, gated, gelu_of, joined, rotate, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import Rule
 
@@ -143,8 +143,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        x = again(F.gelu, up) if self.gate_proj is None else gated(self.gate_proj(x), up, F.silu)
+        if self.gate_proj is None:
+            x = gelu_of(self.up_proj, x)
+        else:
+            up = self.up_proj(x)
+            x = gated(self.gate_proj(x), up, F.silu)
         return F.dropout(self.down_proj(x), self.dropout, self.training)
 
 

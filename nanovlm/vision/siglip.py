@@ -20,7 +20,7 @@ from torch import Tensor, empty, nn
 from nanovlm.checks import check_variant
 from nanovlm.config import VLMConfig
 from nanovlm.errors import ImageError, WeightsError
-from nanovlm.layers import draw_weights, gelu_tanh, joined, spread
+from nanovlm.layers import draw_weights, gelu_of, gelu_tanh, joined, spread
 from nanovlm.recompute import Stack, again
 from nanovlm.weights import CONCAT, Join, Rule
 
@@ -93,7 +93,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(cfg.vit_inter_dim, cfg.vit_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(again(gelu_tanh, self.fc1(x)))
+        x = self.fc2(gelu_of(self.fc1, x, gelu_tanh))
         return F.dropout(x, self.dropout, self.training)
 
 
