@@ -1,13 +1,14 @@
 """Activations that training makes again instead of keeping them.
 
 Unusual: ``elementwise`` keeps every matrix product and attention, and makes again only what is cheap between
-them: norms, activation functions, copies of heads. It works on what autograd saves, so modules are called as
+them: norms, activation functions, copies of heads, casts of weights. It works on what autograd saves, so modules are called as
 ever, hooks and adapters included. Such a backward pass cannot itself be differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,10 +33,21 @@ class Stack(nn.Module):
         """block(*inputs)."""
         if self.recompute == "nothing" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return block(*inputs)
-        if self.recompute == "blocks":
-            return checkpoint(block, *inputs, use_reentrant=False)
-        with _Recipes() as recipes, torch.autograd.graph.saved_tensors_hooks(recipes.pack, unpack):
-            return block(*inputs)
+        with no_kept_casts(inputs[0].device.type):
+            if self.recompute == "blocks":
+                return checkpoint(block, *inputs, use_reentrant=False)
+            with _Recipes() as recipes, torch.autograd.graph.saved_tensors_hooks(recipes.pack, unpack):
+                return torch.func.functional_call(block, recipes.cast_weights(block), inputs)
+
+
+@contextlib.contextmanager
+def no_kept_casts(device: str) -> Iterator[None]:
+    """Autocast, where it is on, without its copies of all weights, which it keeps until it ends."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
+        yield
 
 
 def check_mode(mode: str) -> str:
@@ -99,6 +111,15 @@ class _Recipes:
             parts = [x if k is None or k[0] is not x else k[1] for x, k in zip(inputs, known, strict=True)]
             self.known[address] = (out, _Recipe(function, tuple(parts), dtype))
         return out
+
+    def cast_weights(self, block: nn.Module) -> dict[str, Tensor]:
+        """The matrices of a block by name, cast as autocast would for each product, and again for the backward pass."""
+        found = {}
+        for name, module in block.named_modules():
+            weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+            if type(weight) is nn.Parameter and torch.is_autocast_enabled(weight.device.type):  # no part of a shard
+                found[f"{name}.weight"] = self.made(torch.Tensor.contiguous, (weight,))
+        return found
 
     def pack(self, saved: Tensor) -> Any:
         found = self.known.get(saved.untyped_storage().data_ptr())

@@ -220,6 +220,15 @@ class Autocast(TorchFunctionMode):
             self.trace.mark([copy], "autocast copies")
         return self.copies[id(value)]
 
+    @contextlib.contextmanager
+    def no_copies(self) -> Iterator[None]:
+        """Each cast of a parameter lives as long as it is used."""
+        copies, self.copies = self.copies, None
+        try:
+            yield
+        finally:
+            self.copies = copies
+
     def _cross_entropy(
         self, logits: Tensor, target: Tensor, weight: Tensor | None = None, size_average: Any = None,
         ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
@@ -240,7 +249,13 @@ def traced(trace: Trace, dtype: torch.dtype | None) -> Iterator[Autocast]:
     def kind(device: str = "cuda") -> torch.dtype:
         return dtype if device == "meta" and dtype is not None else dtype_of(device)
 
-    # what a model asks about autocast itself
-    asked = mock.patch.multiple(torch, is_autocast_enabled=enabled, get_autocast_dtype=kind)
-    with Autocast(dtype, trace) as casts, trace, asked:
+    def autocast(device_type: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        if device_type != "meta":
+            return of_torch(device_type, dtype, **options)
+        return contextlib.nullcontext() if options.get("cache_enabled", True) else casts.no_copies()
+
+    casts, of_torch = Autocast(dtype, trace), torch.autocast
+    # what a model asks about autocast, or sets, itself
+    asked = mock.patch.multiple(torch, is_autocast_enabled=enabled, get_autocast_dtype=kind, autocast=autocast)
+    with casts, trace, asked:
         yield casts
