@@ -1,8 +1,8 @@
 """Activations that training makes again instead of keeping them.
 
 Unusual: ``elementwise`` keeps every matrix product and attention, and makes again only what is cheap between
-them: norms, activation functions, copies of heads, casts of weights. It works on what autograd saves, so modules are called as
-ever, hooks and adapters included. Such a backward pass cannot itself be differentiated.
+them: norms, activation functions, copies of heads, casts of weights. It works on what autograd saves, so modules
+are called as ever, hooks and adapters included. Such a backward pass cannot itself be differentiated.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ fact and no other.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import inspect
 import os
@@ -21,7 +19,6 @@ from .sketch import first_tensor, sketch
 from .variants import VariantQuestions
 
 DECISIVE = 1e-3  # top-2 margin, of the logits' RMS, from which a greedy token says something
-SMALL = 1e-3  # embeddings of this size let an epsilon of a norm show
 MODEL_METHODS = ("__init__", "forward", "generate", "from_pretrained", "save_pretrained", "push_to_hub")
 FUNCTIONS = ("get_tokenizer", "get_image_processor", "get_image_string")
 CLASSES = ("VQADataset", "VQACollator")
@@ -145,6 +142,8 @@ class LockQuestions(VariantQuestions):
         """What a call gives back: type, and shapes in the letters B, T, V (L labels, K image tokens, N new)."""
         import torch
 
+        from .models import patched
+
         batch = adapter.batch(rows)
         seen = {}
         if method == "generate":
@@ -235,6 +234,7 @@ class LockQuestions(VariantQuestions):
         import torch
 
         from . import probe
+        from .models import flat_logits, in_bf16, larger, rms, shrink_embeddings
 
         full = None
         if change == "bf16":
@@ -261,6 +261,8 @@ class LockQuestions(VariantQuestions):
     def ask_lock_greedy(self, adapter, rows, max_new_tokens, cached=True, padding="left"):
         """Greedy tokens a row, the places where they are beyond doubt, the smallest margin, and the steps' logits."""
         import torch
+
+        from .models import outputs_of_head, patched, top_two_margins
 
         flag = adapter.parameter_of("generate", CACHE_FLAGS)
         if not cached and flag is None:
@@ -329,135 +331,6 @@ def properties(config):
             except Exception as error:  # of the target: a property that the default config does not have
                 found[f"derived.{name}"] = {"error": type(error).__name__}
     return found
-
-
-# -- models -----------------------------------------------------------------------------------------------
-
-
-def flat_logits(adapter, batch):
-    """All logits of a batch in one row."""
-    import torch
-
-    with torch.no_grad():
-        return torch.cat([row.reshape(-1) for row in adapter.logits(batch)])
-
-
-def rms(tensor):
-    return float(tensor.double().pow(2).mean().sqrt())
-
-
-def top_two_margins(adapter, row, new):
-    """Margin of the best over the second logit, of the logits' RMS, where each of the ``new`` ids was chosen."""
-    import torch
-
-    if adapter.image_token_id in new:  # what follows would want a picture
-        new = new[: new.index(adapter.image_token_id) + 1]
-    if not new:
-        return []
-    tokens = row["tokens"] + new[:-1]
-    with torch.no_grad():
-        (logits,) = adapter.logits(adapter.batch([{"tokens": tokens, "images": row.get("images", [])}], "none"))
-    logits = logits[-len(new) :].double()
-    best = logits.topk(2, dim=-1).values
-    return ((best[:, 0] - best[:, 1]) / logits.pow(2).mean().sqrt()).tolist()
-
-
-def in_bf16(adapter):
-    """A copy of the adapter around a second model in bf16: converting back would not restore the buffers."""
-    import torch
-
-    other = copy.copy(adapter)
-    with theirs():
-        other.model = adapter.build_model(adapter.config).to(adapter.device, torch.bfloat16).eval()
-    other.fill(other.model)
-    return other
-
-
-def larger(adapter):
-    """A copy of the adapter around a second model: pictures twice the size, as many image tokens, each of more patches.
-
-    A tiny model's squares are so small that their rows, their columns and the shuffle's factor are one number.
-    """
-    from .adapters.configs import config_values, make_config
-
-    if adapter.combo["scale"] != "tiny":
-        raise NotSupported("a second, larger model is built at tiny scale only")
-    other, values = copy.copy(adapter), config_values(adapter.config)
-    names = ("vit_img_size", "max_img_size", "mp_pixel_shuffle_factor")
-    if not all(values.get(name) for name in (names[0], names[2])):
-        raise NotSupported("the config has no vit_img_size, or no mp_pixel_shuffle_factor")
-    twice = {name: 2 * values[name] for name in names if values.get(name)}
-    try:
-        other.config = make_config(type(adapter.config), {**values, **twice})
-    except Exception as error:  # of any type: the target's way to say no
-        raise NotSupported(f"the config takes no picture of twice the size: {error}") from None
-    with theirs():
-        other.model = adapter.build_model(other.config).to(adapter.device).eval()
-    stretch(adapter.model, other.model)
-    return other
-
-
-def stretch(model, larger):
-    """Fill another, larger model by a smaller one's weights: those of another shape repeated, under nameless noise.
-
-    So the two are told alike of weights drawn by name and of those that came from another version's checkpoint.
-    """
-    import torch
-
-    from . import probe
-
-    small = dict(model.named_parameters(remove_duplicate=False))  # a tied one may be untied in the other
-    with torch.no_grad():
-        for name, parameter in larger.named_parameters():
-            whole = small.get(name)
-            if whole is None or whole.dim() != parameter.dim():
-                whole = probe.draw(name, parameter.shape)
-            if whole.shape != parameter.shape:
-                times = [-(-new // old) for new, old in zip(parameter.shape, whole.shape)]
-                whole = whole.repeat(times)[tuple(slice(new) for new in parameter.shape)]
-                noise = torch.randn(whole.shape, generator=probe.generator("larger"))
-                whole = whole * (1 + 0.3 * noise.to(whole.device))
-            parameter.copy_(whole)
-
-
-def shrink_embeddings(model):
-    """Scale every parameter that speaks of embeddings to a size of SMALL."""
-    import torch
-
-    named = [parameter for name, parameter in model.named_parameters() if "emb" in name]
-    if not named:
-        raise NotSupported("no parameter is named as an embedding")
-    with torch.no_grad():
-        for parameter in named:
-            parameter.mul_(SMALL / parameter.float().square().mean().sqrt().clamp(min=1e-12))
-
-
-@contextlib.contextmanager
-def outputs_of_head(adapter):
-    """A list that gets, at each call of the output layer, its logits (B, V) at the last position."""
-    from .adapters.base import TargetFault
-
-    seen = []
-    try:
-        head = adapter.head()
-    except TargetFault:  # made by other means
-        yield seen
-        return
-    hook = head.register_forward_hook(lambda module, args, out: seen.append(out[:, -1] if out.dim() == 3 else out))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def patched(model, name, function):
-    """Give one model another method inside the block."""
-    model.__dict__[name] = function
-    try:
-        yield
-    finally:
-        del model.__dict__[name]
 
 
 # -- files and texts --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ as how far a module's outputs lie apart over seeds.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
@@ -42,7 +41,7 @@ class VariantQuestions:
             raise NotSupported(f"generate takes no {', '.join(missing)}")
         draws, kinds = [], []
         if bf16:
-            from .lock import in_bf16
+            from .models import in_bf16
 
             adapter = in_bf16(adapter)
         batch = adapter.batch(rows)
@@ -98,7 +97,7 @@ class VariantQuestions:
         import torch
 
         from .adapters.configs import config_values
-        from .lock import rms, stretch
+        from .models import remade, rms
 
         values, facts = config_values(adapter.config), {}
         choices = {name: known for name, known in literals(type(adapter.config)).items() if values.get(name) in known}
@@ -110,12 +109,8 @@ class VariantQuestions:
             if not named:
                 continue
             case = "choice " + " ".join(f"{name}={value}" for name, value in named.items())
-            other = copy.copy(adapter)
             try:
-                other.config = adapter.changed_config(named)
-                with theirs():
-                    other.model = adapter.build_model(other.config).to(adapter.device).eval()
-                stretch(adapter.model, other.model)
+                other = remade(adapter, adapter.changed_config(named))
                 with torch.no_grad():
                     logits = torch.cat([row.reshape(-1) for row in other.logits(other.batch(rows, "none"))])
             except Exception as error:  # of any type: the target's way to say no
@@ -129,7 +124,7 @@ class VariantQuestions:
         import torch
 
         from . import probe
-        from .lock import rms
+        from .models import rms
 
         encoder = getattr(adapter.model, "vision_encoder", None)
         if encoder is None:
@@ -249,16 +244,12 @@ class VariantQuestions:
         import torch
 
         from .adapters.configs import config_values, make_config
-        from .lock import stretch
+        from .models import remade
 
         values = config_values(adapter.config)
         if field not in values:
             raise NotSupported(f"the config has no {field}")
-        other = copy.copy(adapter)
-        other.config = make_config(type(adapter.config), {**values, field: STRENGTH})
-        with theirs():
-            other.model = adapter.build_model(other.config).to(adapter.device).eval()
-        stretch(adapter.model, other.model)
+        other = remade(adapter, make_config(type(adapter.config), {**values, field: STRENGTH}))
         calls, hooks = {}, []
         for name, module in other.model.named_modules():
             hooks.append(
@@ -332,7 +323,7 @@ def another(value):
 def decided(adapter, rows, plain, ids):
     """Places a row of ``ids`` where its id was chosen beyond doubt, or is not what ``plain`` greedy decoding chose."""
     from .lock import DECISIVE as APART
-    from .lock import top_two_margins
+    from .models import top_two_margins
 
     found = []
     for row, chosen, new in zip(rows, plain, ids):

@@ -119,6 +119,23 @@ def test_under_autocast_too_and_twice_over_one_graph():
             assert one is other is None or (one - other).norm() < 0.05 * one.norm() + 1e-6, mode
 
 
+@pytest.mark.parametrize("mode", ["elementwise", "blocks"])
+def test_autocast_keeps_no_copy_of_the_weights_that_are_cast_again(mode):
+    model = tiny_model().train()
+    ids = torch.tensor([prompt(model.cfg, 3)])
+    copies = sum(2 * p.numel() for p in model.decoder.blocks.parameters() if p.dim() == 2)
+
+    def held(mode: str) -> int:
+        model.recompute_activations(mode)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.autocast("cpu", torch.bfloat16):
+            before = live.live
+            loss = model(ids, None, None, ids, want_logits=False)[1]
+            return live.live - before if loss.requires_grad else 0
+
+    kept, made_again = held("nothing"), held(mode)
+    assert kept > copies > 10_000 and 0 < made_again < kept - copies
+
+
 def test_a_mode_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="recompute='some': expected one of nothing, elementwise, blocks"):
         tiny_model().recompute_activations("some")

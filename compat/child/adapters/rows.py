@@ -25,7 +25,7 @@ class Batch:
 
 
 class Rows:
-    """The half of an Adapter that makes batches."""
+    """The part of an Adapter that makes batches."""
 
     def batch(self, rows, padding="left"):
         """Rows to a Batch on the model's device, padded on the side asked for."""
