@@ -117,7 +117,8 @@ class _Recipes:
         found = {}
         for name, module in block.named_modules():
             weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-            if type(weight) is nn.Parameter and torch.is_autocast_enabled(weight.device.type):  # no part of a shard
+            plain = type(weight) is nn.Parameter and weight.is_floating_point()  # no shard, not quantized
+            if plain and torch.is_autocast_enabled(weight.device.type):
                 found[f"{name}.weight"] = self.made(torch.Tensor.contiguous, (weight,))
         return found
 

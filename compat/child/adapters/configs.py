@@ -94,16 +94,26 @@ class Values(dict):
 
 @contextlib.contextmanager
 def noted_reads(kind):
-    """The names, as a set that grows, of what is read of configs of a class inside the block."""
-    own, reach = vars(kind).get("__getattribute__"), kind.__getattribute__
+    """The names, as a set that grows, of what is read of configs of a class inside the block.
+
+    All names where reads cannot be seen: of a class that is a table as well, or that cannot be changed.
+    """
+    own, reach, fields = vars(kind).get("__getattribute__"), kind.__getattribute__, field_names(kind)
 
     def noting(self, name):
         if sys._getframe(1).f_globals is not globals():  # config_values collects
-            Values.read.add(name)
+            Values.read.update(fields if name == "__dict__" else (name,))
         return reach(self, name)
 
     Values.read.clear()
-    kind.__getattribute__ = noting
+    try:
+        if hasattr(kind, "__getitem__"):
+            raise TypeError
+        kind.__getattribute__ = noting
+    except (TypeError, AttributeError):
+        Values.read.update(fields)
+        yield Values.read
+        return
     try:
         yield Values.read
     finally:

@@ -1,0 +1,77 @@
+"""What is read of a config is noted, so that a field is looked at only from where it is read on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from compat.child.adapters.configs import config_values, noted_reads
+
+
+@dataclasses.dataclass
+class Config:
+    width: int = 8
+    depth: int = 2
+    name: str = "x"
+
+    @property
+    def size(self) -> int:
+        return self.width * self.depth
+
+
+class Table(dict):
+    width: int = 8
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width=width)
+
+
+class Sealed(type):
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise TypeError("this class is final")
+
+
+class Final(metaclass=Sealed):
+    def __init__(self, width: int = 8) -> None:
+        self.width = width
+
+
+@pytest.mark.parametrize(
+    ("read", "names"),
+    [
+        (lambda config: config.depth, {"depth"}),
+        (lambda config: config.size, {"size", "width", "depth"}),
+        (lambda config: config_values(config), set()),
+        (lambda config: config_values(config)["name"], {"name"}),
+        (lambda config: config_values(config).get("name"), {"name"}),
+        (lambda config: vars(config), {"width", "depth", "name"}),
+        (lambda config: dataclasses.replace(config).depth, {"width", "depth", "name"}),
+        (lambda config: repr(config), {"width", "depth", "name"}),
+    ],
+)
+def test_a_read_is_noted_and_collecting_all_values_is_none(read, names):
+    with noted_reads(Config) as seen:
+        read(Config())
+    assert {name for name in seen if not name.startswith("__")} - {"__class__"} == names
+    assert "__getattribute__" not in vars(Config)
+
+
+@pytest.mark.parametrize("kind", [Table, Final])
+def test_every_field_counts_as_read_where_reads_cannot_be_seen(kind):
+    with noted_reads(kind) as seen:
+        assert "width" in seen
+
+
+def test_a_class_keeps_its_own_way_to_give_attributes():
+    class Own:
+        def __init__(self, width: int = 8) -> None:
+            self.width = width
+
+        def __getattribute__(self, name: str) -> object:
+            return 3 if name == "width" else super().__getattribute__(name)
+
+    own = vars(Own)["__getattribute__"]
+    with noted_reads(Own) as seen:
+        assert Own().width == 3 and "width" in seen
+    assert vars(Own)["__getattribute__"] is own
