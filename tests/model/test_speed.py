@@ -214,3 +214,16 @@ def test_training_and_one_row_are_left_to_torch(monkeypatch):
 def test_the_decoder_multiplies_by_the_fast_product_everywhere(model):
     kinds = {type(module) for module in model.decoder.modules() if isinstance(module, torch.nn.Linear)}
     assert kinds == {layers.Linear} and type(model.decoder.blocks[0]) in llama.PLAIN
+
+
+@pytest.mark.parametrize("activation", [torch.nn.functional.gelu, layers.gelu_tanh])
+def test_gelu_in_the_product_is_nearer_to_the_exact_one_and_leaves_hooked_modules_alone(activation):
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(96, 200).bfloat16(), torch.randn(3, 50, 96).bfloat16()
+    with torch.no_grad():
+        exact = activation(torch.nn.functional.linear(x.double(), module.weight.double(), module.bias.double()))
+        apart, joined = activation(module(x)).double() - exact, layers.gelu_of(module, x, activation).double() - exact
+        assert joined.norm() < (0.8 if layers.PACKS else 1.01) * apart.norm() and apart.norm() < 0.01 * exact.norm()
+        module.register_forward_hook(lambda module, args, out: 0 * out)
+        assert not layers.gelu_of(module, x, activation).any()
+    assert layers.gelu_of(torch.nn.Linear(96, 8), x.float(), activation).requires_grad
