@@ -272,10 +272,8 @@ class Asker:
         }
         for case, parameters in cases.items():
             self.section(f"greedy.{case}", "lock_greedy", max_new_tokens=NEW_TOKENS, **parameters)
-        plain = self.facts.get("greedy.left_padded", {}).get("ids")  # of the same rows
-        for case, question in (("ending", "lock_ending"), ("stopped", "lock_stopped")):
-            same = {"rows": self.batch(), "max_new_tokens": NEW_TOKENS, "plain": plain}
-            self.section(f"greedy.{case}", question, **same)
+        self.section("greedy.ending", "lock_ending", rows=self.batch(), max_new_tokens=NEW_TOKENS)
+        self.section("greedy.stopped", "lock_stopped", rows=self.batch(), max_new_tokens=NEW_TOKENS)
         for case, options in SAMPLING.items():
             self.section(f"sampling.{case}", "lock_sampling", rows=one, options=options)
         self.section("sampling.bf16", "lock_sampling", rows=one, options={}, bf16=True)

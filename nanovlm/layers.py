@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.recompute import again
+from nanovlm.recompute import LINEAR, again, plain_linear
 
 # Without AVX-512 or the like, torch multiplies bf16 matrices element by element, 8 times slower than float32.
 SLOW_BF16 = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -31,6 +31,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+LINEAR.append(Linear)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -146,9 +149,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
 
 def gelu_of(module: nn.Linear, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
     """activation(module(x)), F.gelu or gelu_tanh. In bfloat16 on a CPU one operator does both, and rounds once."""
-    plain = type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
-    bf16 = PACKS and x.dtype == module.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if not (plain and bf16) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        not PACKS or not plain_linear(module) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        or not x.dtype == module.weight.dtype == torch.bfloat16 or {x.device.type, module.weight.device.type} != {"cpu"}
+    ):  # fmt: skip
         return again(activation, module(x))
     form = "tanh" if activation is gelu_tanh else "none"
     return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "gelu", [], form)

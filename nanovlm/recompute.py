@@ -2,7 +2,8 @@
 
 Unusual: ``elementwise`` keeps every matrix product and attention, and makes again only what is cheap between
 them: norms, activation functions, copies of heads, casts of weights. It works on what autograd saves, so modules
-are called as ever, hooks and adapters included. Such a backward pass cannot itself be differentiated.
+are called as ever, hooks and adapters included; only a plain Linear finds its weight cast already. Such a backward
+pass cannot itself be differentiated.
 """
 
 from __future__ import annotations
@@ -21,6 +22,17 @@ MODES = ("nothing", "elementwise", "blocks")
 _active: list[_Recipes] = []  # the block being run, if it keeps recipes
 
 
+LINEAR: list[type] = [nn.Linear]  # layers whose forward pass is the product, and nothing else
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether a module is such a layer that nobody listens to, replaced the call of, sharded or quantized."""
+    if type(module) not in LINEAR or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
 class Stack(nn.Module):
     """A backbone of blocks, with ``recompute``, one of MODES: what training makes again.
 
@@ -37,7 +49,8 @@ class Stack(nn.Module):
             if self.recompute == "blocks":
                 return checkpoint(block, *inputs, use_reentrant=False)
             with _Recipes() as recipes, torch.autograd.graph.saved_tensors_hooks(recipes.pack, unpack):
-                return torch.func.functional_call(block, recipes.cast_weights(block), inputs)
+                casts = recipes.cast_weights(block)
+                return torch.func.functional_call(block, casts, inputs, tie_weights=False) if casts else block(*inputs)
 
 
 @contextlib.contextmanager
@@ -116,9 +129,8 @@ class _Recipes:
         """The matrices of a block by name, cast as autocast would for each product, and again for the backward pass."""
         found = {}
         for name, module in block.named_modules():
-            weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-            plain = type(weight) is nn.Parameter and weight.is_floating_point()  # no shard, not quantized
-            if plain and torch.is_autocast_enabled(weight.device.type):
+            weight = module.weight if plain_linear(module) else None
+            if weight is not None and torch.is_autocast_enabled(weight.device.type):
                 found[f"{name}.weight"] = self.made(torch.Tensor.contiguous, (weight,))
         return found
 

@@ -65,6 +65,7 @@ class Seen:
             if what in WITH_WEIGHTS and not self.filled:
                 self.filled = True
                 probe.fill(self.adapter.model)
+            probe.seed(0)  # whatever was looked at before
             self.digests[what] = outcome(getattr(self, "look_at_" + what.replace(" ", "_")))
         return self.digests[what]
 
@@ -87,12 +88,14 @@ class Seen:
             return digest([self.adapter.loss(self.adapter.batch(self.rows))])
 
     def look_at_training(self):
-        self.adapter.model.train()
-        probe.seed(0)
+        model = self.adapter.model.train()
+        kept = [buffer.clone() for buffer in model.buffers()]
         try:
             return self.look_at_loss()
         finally:
-            self.adapter.model.eval()
+            model.eval()
+            for buffer, before in zip(model.buffers(), kept):  # running means, for one: later looks may be left out
+                buffer.data = before
 
     def look_at_tokenizer(self):
         tokenizer = self.adapter.tokenizer = self.adapter.find_tokenizer()

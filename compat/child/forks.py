@@ -41,8 +41,10 @@ def answer(request, folder):
                 importlib.import_module(name)
         folder = os.path.realpath(request["parameters"]["folder"])
         for path in python_files(folder):
-            read_classes(path, parse(path))
-        flags(folder, "")
+            with contextlib.suppress(Exception):  # as above
+                read_classes(path, parse(path))
+        with contextlib.suppress(Exception):
+            flags(folder, "")
     if request["question"] == "loaded":
         return loaded(os.path.realpath(folder) + os.sep)
     return {}

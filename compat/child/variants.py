@@ -68,15 +68,12 @@ class VariantQuestions:
         then = [p for p in tops[1][:SHOWN] if p > 0] if apart and len(tops) > 1 else None
         return {"facts": {**facts, "second": ids[0][0] if apart else None, "then.probabilities": then}}
 
-    def ask_lock_stopped(self, adapter, rows, max_new_tokens, plain=None):
-        """Greedy ids that two ids in a row stop, later or at once, and what a streamer was given of them.
-
-        plain: the greedy ids that nothing stops, where they are known.
-        """
+    def ask_lock_stopped(self, adapter, rows, max_new_tokens):
+        """Greedy ids that two ids in a row stop, later or at once, and what a streamer was given of them."""
         taken = inspect.signature(self.subject.model_class.generate).parameters
         if missing := [name for name in ("stop", "streamer") if name not in taken]:
             raise NotSupported(f"generate takes no {', '.join(missing)}")
-        plain = plain or adapter.generate(adapter.batch(rows), max_new_tokens)
+        plain = adapter.generate(adapter.batch(rows), max_new_tokens)
         pair = next((row[i : i + 2] for row in plain for i in range(2, len(row) - 1) if row[i] != row[i + 1]), None)
         if pair is None:
             raise NotSupported(f"greedy decoding repeats one token for {max_new_tokens}: no end would show")
@@ -189,9 +186,9 @@ class VariantQuestions:
                 found[f"{role}.{key}"] = changed
         return {"facts": found}
 
-    def ask_lock_ending(self, adapter, rows, max_new_tokens, plain=None):
-        """Greedy ids of a batch in which an id ends a text that another one would follow; plain as above."""
-        plain = plain or adapter.generate(adapter.batch(rows), max_new_tokens)
+    def ask_lock_ending(self, adapter, rows, max_new_tokens):
+        """Greedy ids of a batch in which an id ends a text that another one would follow."""
+        plain = adapter.generate(adapter.batch(rows), max_new_tokens)
         followed = [a for row in plain for a, b in zip(row, row[1:]) if a != b]
         if not followed:
             raise NotSupported(f"greedy decoding repeats one token for {max_new_tokens}: no end would show")

@@ -8,6 +8,7 @@ What is no product of matrices (norms, activations, rotations) is counted by nei
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return 2 * B * H * T * key[2] * (D + value[3])
 
 
+def _linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    """A product with what follows it in one operator, as bfloat16 has it on a CPU."""
+    return 2 * math.prod(x) * weight[0]
+
+
 FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear
 
 
 def dispatched(run: Callable[[], Any]) -> dict[str, int]:

@@ -249,10 +249,11 @@ def traced(trace: Trace, dtype: torch.dtype | None) -> Iterator[Autocast]:
     def kind(device: str = "cuda") -> torch.dtype:
         return dtype if device == "meta" and dtype is not None else dtype_of(device)
 
-    def autocast(device_type: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    def autocast(device_type: str, *options: Any, cache_enabled: bool | None = None, **more: Any) -> Any:
         if device_type != "meta":
-            return of_torch(device_type, dtype, **options)
-        return contextlib.nullcontext() if options.get("cache_enabled", True) else casts.no_copies()
+            return of_torch(device_type, *options, cache_enabled=cache_enabled, **more)
+        # a model on meta may do without copies; the dtype is the rehearsal's
+        return casts.no_copies() if cache_enabled is False else contextlib.nullcontext()
 
     casts, of_torch = Autocast(dtype, trace), torch.autocast
     # what a model asks about autocast, or sets, itself

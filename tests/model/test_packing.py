@@ -136,6 +136,33 @@ def test_autocast_keeps_no_copy_of_the_weights_that_are_cast_again(mode):
     assert kept > copies > 10_000 and 0 < made_again < kept - copies
 
 
+class Exact(torch.nn.Linear):
+    """An adapter's part that stays in float32."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.linear(x.float(), self.weight)
+
+
+def test_a_layer_known_twice_a_shared_weight_and_one_of_its_own_kind_stay_as_they_are():
+    model = tiny_model().train()
+    attention, mlp = model.decoder.blocks[0].attn, model.decoder.blocks[0].mlp
+    attention.also = attention.q_proj
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    exact = Exact(attention.out_proj.in_features, attention.out_proj.out_features, bias=False)
+    exact.weight = attention.out_proj.weight
+    attention.out_proj = exact
+    before, ids, losses = dict(model.named_parameters()), torch.tensor([prompt(model.cfg, 6)]), []
+    for mode in MODES:
+        model.recompute_activations(mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(ids, None, None, ids)[1])
+        losses[-1].backward()
+    assert max(losses) - min(losses) < 0.01 * losses[0]
+    assert all(parameter is before[name] for name, parameter in model.named_parameters()) and len(before) > 20
+    assert attention.also.weight is attention.q_proj.weight and attention.q_proj.weight.grad is not None
+
+
 def test_a_mode_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="recompute='some': expected one of nothing, elementwise, blocks"):
         tiny_model().recompute_activations("some")

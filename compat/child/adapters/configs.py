@@ -96,9 +96,10 @@ class Values(dict):
 def noted_reads(kind):
     """The names, as a set that grows, of what is read of configs of a class inside the block.
 
-    All names where reads cannot be seen: of a class that is a table as well, or that cannot be changed.
+    All names where reads cannot be seen: of a class that is a table as well, that gives its attributes by a way of
+    its own, or that cannot be changed.
     """
-    own, reach, fields = vars(kind).get("__getattribute__"), kind.__getattribute__, field_names(kind)
+    reach, fields, seen = kind.__getattribute__, field_names(kind), False
 
     def noting(self, name):
         if sys._getframe(1).f_globals is not globals():  # config_values collects
@@ -106,21 +107,16 @@ def noted_reads(kind):
         return reach(self, name)
 
     Values.read.clear()
-    try:
-        if hasattr(kind, "__getitem__"):
-            raise TypeError
-        kind.__getattribute__ = noting
-    except (TypeError, AttributeError):
+    if reach is object.__getattribute__ and not hasattr(kind, "__getitem__"):
+        with contextlib.suppress(Exception):  # of the target: its classes may be sealed
+            kind.__getattribute__, seen = noting, True
+    if not seen:
         Values.read.update(fields)
-        yield Values.read
-        return
     try:
         yield Values.read
     finally:
-        if own is None:
+        if seen:
             del kind.__getattribute__
-        else:
-            kind.__getattribute__ = own
 
 
 @functools.lru_cache(maxsize=16)  # every batch asks
