@@ -97,7 +97,7 @@ def noted_reads(kind):
     """The names, as a set that grows, of what is read of configs of a class inside the block.
 
     All names where reads cannot be seen: of a class that is a table as well, that gives its attributes by a way of
-    its own, or that cannot be changed.
+    its own, or that is made in C.
     """
     reach, fields, seen = kind.__getattribute__, field_names(kind), False
 
@@ -108,15 +108,16 @@ def noted_reads(kind):
 
     Values.read.clear()
     if reach is object.__getattribute__ and not hasattr(kind, "__getitem__"):
-        with contextlib.suppress(Exception):  # of the target: its classes may be sealed
-            kind.__getattribute__, seen = noting, True
+        with contextlib.suppress(TypeError):  # a class made in C
+            type.__setattr__(kind, "__getattribute__", noting)  # whatever its metaclass says
+            seen = True
     if not seen:
         Values.read.update(fields)
     try:
         yield Values.read
     finally:
         if seen:
-            del kind.__getattribute__
+            type.__delattr__(kind, "__getattribute__")
 
 
 @functools.lru_cache(maxsize=16)  # every batch asks
